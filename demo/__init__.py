@@ -1,0 +1,1 @@
+"""How the embedded demo model was made: pictures, questions, training, evaluation."""
