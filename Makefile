@@ -1,0 +1,53 @@
+# The README's commands. Each does its own set-up: a fresh machine needs Python 3.11 or newer.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+# MODEL=... works as QWENVL_MODEL=... does.
+ifdef MODEL
+export QWENVL_MODEL := $(MODEL)
+endif
+
+.PHONY: run test check format bench demo clean
+
+run: $(VENV)/runtime
+	$(BIN)/gunicorn -c config/gunicorn.conf.py --bind $(HOST):$(PORT) wsgi:app
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+format: $(VENV)/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# What the service adds to model.generate, and what batching brings: see benchmarks/RESULTS.md.
+bench: $(VENV)/dev
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.throughput
+
+# Train the embedded model again, into demo/out: about two hours on two cores.
+demo: $(VENV)/dev
+	$(BIN)/python -m demo.train
+
+clean:
+	rm -rf $(VENV) demo/out
+
+$(VENV)/created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name it: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/runtime: $(VENV)/created requirements.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/dev: $(VENV)/created requirements.txt requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
+	touch $@ $(VENV)/runtime

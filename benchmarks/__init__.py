@@ -1,0 +1,1 @@
+"""Measurements: ratios from one run on the same work."""

@@ -1,0 +1,57 @@
+"""gunicorn: one worker that holds the model, and threads that wait for it.
+
+``gunicorn -c config/gunicorn.conf.py wsgi:app``; ``--bind`` for another address.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qwenvl_app.settings import SettingsError, load_settings
+
+try:
+    _settings = load_settings()
+except SettingsError as error:  # one line, and no worker that dies again and again
+    sys.exit(f"qwenvl: {error}")
+
+bind = "0.0.0.0:8000"
+# The model is resident in the worker: a second one would load it twice.
+workers = 1
+worker_class = "gthread"
+# Everyone who runs or waits holds a thread, and health checks need some to spare.
+threads = _settings.max_concurrency + _settings.max_waiting + 8
+# More than threads, or gthread closes every connection after one answer.
+worker_connections = 4 * threads
+# CUDA does not survive a fork, so the application is loaded in the worker.
+preload_app = False
+# A heartbeat of the worker's main loop, not a limit on a request.
+timeout = 60
+graceful_timeout = 60
+keepalive = 5
+# The heartbeat's file: in memory, so that a slow disk can't look like a dead worker.
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
+# Its socket would be made in the home directory, which a service account may not have.
+control_socket_disable = True
+
+accesslog = "-"
+access_log_format = '%(h)s "%(m)s %(U)s" %(s)s %(B)sB %(M)sms %({x-request-id}o)s'
+logconfig_dict = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"level": "INFO", "handlers": ["stderr"]},
+    "loggers": {
+        name: {"level": "INFO", "handlers": [], "propagate": True}
+        for name in ("gunicorn.error", "gunicorn.access")
+    },
+}
+
+
+def worker_exit(server, worker):
+    """End the engine's thread before the interpreter goes."""
+    app = getattr(worker, "wsgi", None)
+    if app is not None:
+        app.extensions["qwenvl"]["backend"].close()

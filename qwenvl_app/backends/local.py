@@ -1,0 +1,91 @@
+"""The model in this process: loaded once, in the background, then handed to the engine."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from qwenvl_app.backends import Generation, require_ready
+from qwenvl_app.errors import ModelLoadError, Unavailable
+from qwenvl_app.generation import GenerationRequest, Phase, Status
+from qwenvl_app.settings import Settings
+
+if TYPE_CHECKING:
+    from qwenvl_app.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+
+class LocalBackend:
+    """See ``backends.Backend``."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._status = Status(Phase.LOADING, "the model is being loaded")
+        self._engine: Engine | None = None
+        self._lock = threading.Lock()
+        threading.Thread(target=self._load, name="loader", daemon=True).start()
+
+    def status(self) -> Status:
+        """See ``backends.Backend``."""
+        if (engine := self._engine) is not None and (failure := engine.failure):
+            return Status(Phase.FAILED, failure.message, failure.since)
+        return self._status
+
+    def generate(self, request: GenerationRequest) -> Generation:
+        """See ``backends.Backend``."""
+        require_ready(self._status)
+        with self._lock:
+            engine = self._engine
+        if engine is None:  # closed since the line above
+            raise Unavailable.stopping()
+        return engine.submit(request)
+
+    def close(self) -> None:
+        """See ``backends.Backend``. A load that is under way is left to end by itself."""
+        with self._lock:
+            self._status = Status(Phase.DRAINING, "the service is stopping")
+            engine, self._engine = self._engine, None
+        if engine:
+            engine.close()
+
+    def _start(self) -> Engine:
+        # Not at the top: importing torch and transformers takes seconds, in which /livez is to
+        # answer already.
+        from qwenvl_app.engine import engine as engines
+        from qwenvl_app.engine import model
+
+        settings = self._settings
+        loaded = model.load(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            attention=settings.attention,
+        )
+        options = engines.EngineOptions(
+            slots=settings.max_concurrency,
+            max_new_tokens=settings.max_new_tokens,
+            kv_cache_bytes=settings.kv_cache_mb * 2**20 or model.free_memory(loaded) // 2,
+            prefix_cache_bytes=settings.prefix_cache_mb * 2**20,
+            prefill_chunk=settings.prefill_chunk,
+        )
+        return engines.Engine(loaded, options)
+
+    def _load(self) -> None:
+        engine: Engine | None = None
+        try:
+            engine = self._start()
+            status = Status(Phase.READY, "answering")
+            log.info("the model is ready")
+        except ModelLoadError as error:
+            log.error("the model can't be loaded: %s", error)
+            status = Status(Phase.FAILED, str(error))
+        except Exception:
+            log.exception("the model can't be loaded")
+            status = Status(Phase.FAILED, "an unexpected error while loading; the log has it")
+        with self._lock:
+            if self._status.phase is Phase.LOADING:
+                self._status, self._engine, engine = status, engine, None
+        if engine:  # closed while it was loading
+            engine.close()

@@ -1,0 +1,1 @@
+"""Running the model. Knows no HTTP."""

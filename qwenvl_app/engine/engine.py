@@ -1,0 +1,262 @@
+"""The engine: one thread, the only one that touches the model, decodes all requests together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from qwenvl_app.engine.executor import FAILED, Executor, Outcome
+from qwenvl_app.engine.model import LoadedModel, Runner, patches, prepare
+from qwenvl_app.engine.prefix_cache import PrefixCache, image_key
+from qwenvl_app.engine.sampling import Sampler, repeats_itself
+from qwenvl_app.engine.scheduler import Plan, Scheduler
+from qwenvl_app.engine.sequence import Sequence
+from qwenvl_app.errors import (
+    DeadlineExceeded,
+    InternalError,
+    ModelLoadError,
+    ServiceError,
+    TooLarge,
+    Unavailable,
+)
+from qwenvl_app.generation import FinishReason, GenerationRequest, Phase, Status
+
+log = logging.getLogger(__name__)
+
+_MAX_FAILURES = 3  # without one good answer between them: it is not the requests that are at fault
+_CHECK_REPETITION = 16  # tokens between two looks
+_LEAST_TOKENS = 128  # of KV cache, to be of any use
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes. ``kv_cache_bytes`` and ``prefix_cache_bytes`` are of the device's memory."""
+
+    slots: int
+    max_new_tokens: int
+    kv_cache_bytes: int
+    prefix_cache_bytes: int
+    prefill_chunk: int  # prompt tokens a step
+
+
+class Engine:
+    """Continuous batching over the rows of one KV cache.
+
+    ``submit`` and ``close`` may be called on any thread; everything else is the engine's own.
+    """
+
+    def __init__(self, loaded: LoadedModel, options: EngineOptions):
+        self._loaded, self._options = loaded, options
+        self._runner = Runner(loaded.model)
+        self._budget = options.kv_cache_bytes // self._runner.layout.token_bytes
+        if self._budget < _LEAST_TOKENS:
+            raise ModelLoadError(
+                f"the KV cache has room for {self._budget} tokens only: free memory, or set "
+                "KV_CACHE_MB"
+            )
+        self._scheduler: Scheduler[Sequence] = Scheduler(
+            options.slots,
+            self._budget,
+            options.prefill_chunk,
+            options.prefill_chunk * self._runner.merge**2,
+            self._runner.depth,
+        )
+        self.prefixes = PrefixCache(options.prefix_cache_bytes)
+        self._executor = Executor(self._runner, self.prefixes)
+        self._salt = repr(sorted(loaded.image_processor.to_dict().items(), key=lambda kv: kv[0]))
+        ends = loaded.model.generation_config.eos_token_id
+        self._ends = set(ends if isinstance(ends, list) else [ends])
+        self._inbox: deque[Sequence] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._failures = 0
+        self.failure: Status | None = None  # once nothing works any more
+        self.steps = 0
+        log.info(
+            "KV cache: %d bytes a token, room for %d tokens",
+            self._runner.layout.token_bytes,
+            self._budget,
+        )
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a slot; those that are free are ``slots`` less this."""
+        return len(self._scheduler.rows)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return len(self._scheduler.waiting) + len(self._inbox)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the KV cache holds."""
+        return self._executor.cache.bytes
+
+    def submit(self, request: GenerationRequest) -> Sequence:
+        """Prepare ``request`` on the calling thread and queue it.
+
+        Raises TooLarge for one that could never fit, before any work, Unavailable when closed, and
+        InternalError when the engine has failed for good.
+        """
+        arrived = time.monotonic()
+        sequence = self._prepare(request, arrived)
+        with self._wake:
+            if self.failure:
+                raise InternalError(FAILED)
+            if self._closed:
+                raise Unavailable.stopping()
+            self._inbox.append(sequence)
+            self._wake.notify()
+        return sequence
+
+    def close(self) -> None:
+        """End whatever runs or waits with Unavailable, and the thread. Any number of times."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _prepare(self, request: GenerationRequest, arrived: float) -> Sequence:
+        loaded, sampling = self._loaded, request.sampling
+        inputs = prepare(loaded, request.image, request.prompt)
+        longest = min(self._runner.max_length, self._budget)
+        room = longest - len(inputs.ids)
+        if room < 1:
+            raise TooLarge(
+                f"图片和提示词共 {len(inputs.ids)} 个 token，超过 {longest - 1} 个的限制。"
+            )
+        prefix = None
+        if inputs.image_tokens.stop * self._runner.layout.token_bytes <= self.prefixes.budget:
+            inputs.image_key = image_key(request.image, self._salt)
+            prefix = self.prefixes.get(inputs.image_key)
+        if prefix is None:
+            inputs.pixels = patches(loaded, request.image)
+        most = self._options.max_new_tokens
+        limit = min(sampling.max_new_tokens or most, most, room)
+        sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)
+        return Sequence(request, inputs, sampler, limit, loaded.tokenizer, arrived, prefix)
+
+    # From here on: the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._wait():
+                    self.step()
+        except BaseException as error:
+            log.exception("the engine's thread ends")
+            self._give_up(f"the engine's thread ended ({type(error).__name__})")
+        finally:
+            with self._wake:  # nothing is put into the inbox after this
+                self._closed = True
+                self._take_in()
+            for sequence in [*self._scheduler.waiting, *self._scheduler.rows]:
+                self._scheduler.remove(sequence)
+                sequence.finish(InternalError(FAILED) if self.failure else Unavailable.stopping())
+
+    def _wait(self) -> bool:
+        """Wait for something to do; False when there will be nothing any more."""
+        with self._wake:
+            while not (
+                self._closed
+                or self.failure
+                or self._inbox
+                or self._scheduler.rows
+                or self._scheduler.waiting
+            ):
+                self._wake.wait()
+            self._take_in()
+            return not (self._closed or self.failure)
+
+    def _take_in(self) -> None:
+        self._scheduler.waiting.extend(self._inbox)
+        self._inbox.clear()
+
+    def step(self) -> None:
+        """One step of all that are here: schedule, run, post-process."""
+        self.steps += 1
+        try:
+            plan = self._schedule()
+            outcomes = self._executor.execute(plan, self._scheduler.rows)
+            self._post_process(outcomes)
+        except Exception as error:
+            self._fail(error)
+
+    def _schedule(self) -> Plan[Sequence]:
+        now = time.monotonic()
+        for sequence in [*self._scheduler.rows, *self._scheduler.waiting]:
+            if sequence.cancelled:
+                self._end(sequence, FinishReason.CANCELLED)
+            elif sequence.deadline is not None and now >= sequence.deadline:
+                self._end(sequence, DeadlineExceeded())
+        for sequence in self._scheduler.admit():
+            sequence.start()
+            if sequence.prefix is None and sequence.image_key is not None:
+                sequence.prefix = self.prefixes.peek(sequence.image_key)
+        self._executor.restore_prefixes(self._scheduler.rows)
+        return self._scheduler.plan()
+
+    def _post_process(self, outcomes: list[Outcome]) -> None:
+        for sequence, outcome in outcomes:
+            try:
+                end = self._take(sequence, outcome)
+            except Exception:
+                log.exception("post-processing failed (request %s)", sequence.request_id)
+                end = InternalError(FAILED)
+            if end is not None:
+                self._end(sequence, end)
+        self._executor.shrink(self._scheduler.rows)
+
+    def _take(
+        self, sequence: Sequence, outcome: int | ServiceError
+    ) -> FinishReason | ServiceError | None:
+        """Add a token to its sequence; how that ends, if it does."""
+        if isinstance(outcome, ServiceError):
+            return outcome
+        sequence.append(outcome)
+        tokens, params = sequence.tokens, sequence.params
+        if tokens[-1] in self._ends and not params.ignore_eos:
+            return FinishReason.STOP
+        if len(tokens) >= sequence.limit:
+            return FinishReason.LENGTH
+        due = params.repetition_limit and len(tokens) % _CHECK_REPETITION == 0
+        if due and repeats_itself(tokens, params.repetition_limit):
+            return FinishReason.REPETITION
+        return None
+
+    def _end(self, sequence: Sequence, how: FinishReason | ServiceError) -> None:
+        moved = self._scheduler.remove(sequence)
+        sequence.finish(how)
+        if isinstance(how, FinishReason) and how is not FinishReason.CANCELLED:
+            self._failures = 0
+        if moved:
+            self._executor.cache.move(*moved)
+
+    def _fail(self, error: Exception) -> None:
+        """End what runs, and go on with an empty cache, unless that is no use any more."""
+        log.exception("a step failed; %d requests end with it", self.running)
+        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        # A fatal CUDA error stays with the process: everything after it fails too.
+        fatal = isinstance(error, torch.AcceleratorError)
+        for sequence in list(self._scheduler.rows):
+            self._scheduler.remove(sequence)
+            sequence.finish(Unavailable.exhausted() if exhausted else InternalError(FAILED))
+        self._failures += not exhausted
+        if fatal or self._failures >= _MAX_FAILURES:
+            self._give_up(f"the model fails again and again ({type(error).__name__})")
+            return
+        self._executor.reset()
+        if exhausted:
+            self.prefixes.clear()
+
+    def _give_up(self, message: str) -> None:
+        log.critical("%s; the service has to be restarted", message)
+        self.failure = Status(Phase.FAILED, f"{message}; the service has to be restarted")

@@ -1,0 +1,140 @@
+"""The model's work of one step: vision, prefill, decode, and the next token of each sequence."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from qwenvl_app.engine.kv_cache import SlotCache
+from qwenvl_app.engine.model import Runner
+from qwenvl_app.engine.prefix_cache import Prefix, PrefixCache
+from qwenvl_app.engine.scheduler import Encode, Plan
+from qwenvl_app.engine.sequence import Sequence
+from qwenvl_app.engine.vision import Encoding
+from qwenvl_app.errors import InternalError, ServiceError
+
+log = logging.getLogger(__name__)
+
+FAILED = "推理时发生错误，请稍后重试。"
+
+Outcome = tuple[Sequence, int | ServiceError]  # a sequence's next token, or why there is none
+
+
+class Executor:
+    """Carries out plans; decides nothing. Used by the engine's thread alone.
+
+    ``rows`` is always the scheduler's list: row ``i`` of the cache belongs to ``rows[i]``.
+    """
+
+    def __init__(self, runner: Runner, prefixes: PrefixCache):
+        self.runner, self.prefixes = runner, prefixes
+        self.cache = SlotCache(runner.layout)
+        self._encoding: Encoding | None = None
+
+    def reset(self) -> None:
+        """Forget everything that was under way."""
+        self.cache, self._encoding = SlotCache(self.runner.layout), None
+
+    def shrink(self, rows: list[Sequence]) -> None:
+        """Give memory back that nobody needs any more."""
+        self.cache.fit(len(rows), max((row.computed for row in rows), default=0))
+
+    def restore_prefixes(self, rows: list[Sequence]) -> None:
+        """Begin the rows whose picture was asked about before with what was kept of it."""
+        found = [(row, seq, seq.prefix) for row, seq in enumerate(rows) if seq.prefix]
+        if not found:
+            return
+        longest = max(row.computed for row in rows)
+        self.cache.fit(len(rows), max(longest, *(prefix.length for _, _, prefix in found)))
+        for row, sequence, prefix in found:
+            self.cache.restore(row, prefix.layers)
+            sequence.computed = sequence.cached = prefix.length
+            sequence.prefix = sequence.inputs.pixels = None
+
+    def execute(self, plan: Plan[Sequence], rows: list[Sequence]) -> list[Outcome]:
+        """The model's work of a step: what became of each sequence that has a next token."""
+        outcomes: list[Outcome] = []
+        widths = {id(sequence): width for sequence, width in plan.prefill}
+        self.cache.fit(
+            len(rows), max((row.computed + widths.get(id(row), 1) + 1 for row in rows), default=0)
+        )
+        if plan.encode:
+            self._encode(plan.encode)
+        else:
+            self._encoding = None  # whose pictures were in it has left
+        if plan.prefill:
+            sequences = [sequence for sequence, _ in plan.prefill]
+            logits = self.runner.prefill(
+                self.cache,
+                sequences,
+                [rows.index(sequence) for sequence in sequences],
+                [width for _, width in plan.prefill],
+            )
+            for sequence, width in plan.prefill:
+                sequence.computed += width
+            outcomes += self._pick(sequences, logits, rows)
+            failed = [sequence for sequence, end in outcomes if isinstance(end, ServiceError)]
+            self._save_prefixes([s for s in sequences if s not in failed], rows)
+        if plan.decode:
+            # All rows, so that they are one slice of the cache. What is written for one that is
+            # still being prefilled lies behind its end and is overwritten by its next chunk.
+            logits = self.runner.decode(
+                self.cache,
+                [row.tokens[-1] if row.tokens else 0 for row in rows],
+                [row.position for row in rows],
+                [row.computed for row in rows],
+            )
+            for sequence in plan.decode:
+                sequence.computed += 1
+            if len(plan.decode) < len(rows):
+                logits = logits[[rows.index(sequence) for sequence in plan.decode]]
+            outcomes += self._pick(plan.decode, logits, rows)
+        return outcomes
+
+    def _encode(self, encode: Encode[Sequence]) -> None:
+        if encode.first == 0:
+            self._encoding = self.runner.encode(encode.jobs)
+        assert self._encoding is not None  # noqa: S101  # the scheduler begins at the first layer
+        if features := self._encoding.advance(encode.first, encode.last):
+            self._encoding = None
+            for sequence, made in zip(encode.jobs, features, strict=True):
+                sequence.features, sequence.inputs.pixels = made, None
+
+    def _save_prefixes(self, sequences: list[Sequence], rows: list[Sequence]) -> None:
+        for sequence in sequences:
+            length = sequence.inputs.image_tokens.stop
+            if sequence.features is None or sequence.computed < length:
+                continue
+            sequence.features = None  # they are in the cache now
+            if sequence.image_key is not None:
+                layers = self.cache.save(rows.index(sequence), length)
+                self.prefixes.put(sequence.image_key, Prefix(length, layers))
+
+    def _pick(
+        self, sequences: list[Sequence], logits: torch.Tensor, rows: list[Sequence]
+    ) -> list[Outcome]:
+        """The next token of each sequence whose prompt is complete."""
+        # One look at the device for all: the likeliest token, or -1 where a number is not finite.
+        finite = logits.isfinite().all(-1)
+        likeliest = torch.where(finite, logits.argmax(-1), -1).tolist()
+        outcomes: list[Outcome] = []
+        for number, (sequence, token) in enumerate(zip(sequences, likeliest, strict=True)):
+            if token < 0:
+                log.error("logits are not finite (request %s)", sequence.request_id)
+                self.cache.clear(rows.index(sequence))
+                outcomes.append((sequence, InternalError(FAILED)))
+            elif sequence.computed < sequence.prompt_length:
+                continue
+            elif sequence.sampler.is_argmax:
+                outcomes.append((sequence, token))
+            else:
+                outcomes.append((sequence, self._sample(sequence, logits[number])))
+        return outcomes
+
+    def _sample(self, sequence: Sequence, logits: torch.Tensor) -> int | ServiceError:
+        try:
+            return sequence.sampler.sample(logits)
+        except Exception:
+            log.exception("sampling failed (request %s)", sequence.request_id)
+            return InternalError(FAILED)

@@ -1,0 +1,170 @@
+"""The KV cache: one row a sequence, behind transformers' ``Cache`` interface.
+
+The stock attention code hands over the new keys and values and gets back what to attend to. Here
+each row is written at its own position, so rows of different lengths share one call; which columns
+a row may look at is said by the 4-D mask that ``begin`` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+
+BLOCK = 128  # tokens; rows grow by so many at a time
+FLOOR = 4 * BLOCK  # tokens in all rows that are not worth giving back
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape of the cache, from the model's configuration; ``devices``, one a layer."""
+
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    devices: tuple[torch.device, ...]
+
+    @property
+    def token_bytes(self) -> int:
+        """What one token of one sequence takes, in all layers."""
+        return 2 * len(self.devices) * self.heads * self.head_dim * self.dtype.itemsize
+
+
+class SlotCache(Cache):
+    """Keys and values of all rows: for each layer two tensors (rows, heads, length, head_dim).
+
+    Memory follows the tokens that live: the rectangle grows in blocks and shrinks when it is much
+    too large. Used by the engine's thread alone.
+    """
+
+    def __init__(self, layout: Layout):
+        super().__init__(layers=[])
+        self.layout = layout
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+        self._allocate(0, 0)
+        # Of the call that is under way:
+        self._rows: list[int] = []
+        self._starts: list[int] = []
+        self._widths: list[int] = []
+        self._indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._length = 0
+
+    @property
+    def bytes(self) -> int:
+        """Memory that is held."""
+        return sum(t.numel() * t.element_size() for t in [*self._keys, *self._values])
+
+    def fit(self, rows: int, length: int) -> None:
+        """Make room for so many rows of so many tokens; give room back that is far too much.
+
+        What lies outside of that is lost: ``rows`` and ``length`` are of all that live.
+        """
+        rows_now, _, length_now, _ = self._keys[0].shape
+        blocks = (length + BLOCK - 1) // BLOCK * BLOCK
+        if rows > rows_now or length > length_now:
+            # Both sides anew: what one of them once was may be over the budget beside the other.
+            self._resize(rows, blocks)
+        elif 4 * rows * blocks <= rows_now * length_now and rows_now * length_now > FLOOR:
+            self._resize(rows, blocks)
+
+    def move(self, source: int, target: int) -> None:
+        """Move a row to the place of one that is no longer used."""
+        for tensor in [*self._keys, *self._values]:
+            tensor[target].copy_(tensor[source])
+
+    def clear(self, row: int) -> None:
+        """Zero a row, whose numbers are not finite: a weight of 0 times NaN is NaN."""
+        for tensor in [*self._keys, *self._values]:
+            tensor[row].zero_()
+
+    def save(self, row: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A copy of a row: for each layer, keys and values (heads, length, head_dim)."""
+        return [
+            (keys[row, :, :length].clone(), values[row, :, :length].clone())
+            for keys, values in zip(self._keys, self._values, strict=True)
+        ]
+
+    def restore(self, row: int, saved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Begin a row with what ``save`` returned."""
+        for tensors, (keys, values) in zip(
+            zip(self._keys, self._values, strict=True), saved, strict=True
+        ):
+            tensors[0][row, :, : keys.shape[1]] = keys
+            tensors[1][row, :, : values.shape[1]] = values
+
+    def begin(self, rows: Many[int], starts: Many[int], widths: Many[int]) -> torch.Tensor:
+        """Prepare a call of the model: ``widths[i]`` tokens for ``rows[i]`` from ``starts[i]`` on.
+
+        Returns the mask, bool (rows, 1, widest, columns), True where a token may look. The call's
+        inputs are padded on the right to the widest row. There must be room, see ``fit``.
+        """
+        self._rows, self._starts, self._widths = list(rows), list(starts), list(widths)
+        self._indices.clear()
+        widest = max(widths)
+        self._length = max(
+            start + width for start, width in zip(self._starts, self._widths, strict=True)
+        )
+        device = self.layout.devices[0]
+        last = torch.tensor(self._starts, device=device)[:, None]
+        if widest > 1:
+            last = last + torch.arange(widest, device=device)
+        columns = torch.arange(self._length, device=device)
+        return (columns <= last[..., None])[:, None]
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_args: Any,
+        **_kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new keys and values (rows, heads, widest, head_dim); returns all to attend to."""
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        if key_states.shape[2] == 1:
+            rows, places = self._index(keys.device)
+            keys[rows, :, places] = key_states[:, :, 0]
+            values[rows, :, places] = value_states[:, :, 0]
+        else:
+            for number, (row, start, width) in enumerate(
+                zip(self._rows, self._starts, self._widths, strict=True)
+            ):
+                keys[row, :, start : start + width] = key_states[number, :, :width]
+                values[row, :, start : start + width] = value_states[number, :, :width]
+            if not any(self._starts):  # nothing came before
+                return key_states, value_states
+        keys, values = keys[:, :, : self._length], values[:, :, : self._length]
+        count = len(self._rows)
+        if self._rows == list(range(count)):
+            return keys[:count], values[:count]
+        rows, _ = self._index(keys.device)
+        return keys[rows], values[rows]
+
+    def _index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if device not in self._indices:
+            self._indices[device] = (
+                torch.tensor(self._rows, device=device),
+                torch.tensor(self._starts, device=device),
+            )
+        return self._indices[device]
+
+    def _allocate(self, rows: int, length: int) -> None:
+        shape = (rows, self.layout.heads, length, self.layout.head_dim)
+        # Zeros, not what happens to be there: a weight of 0 times NaN is NaN.
+        self._keys = [
+            torch.zeros(shape, dtype=self.layout.dtype, device=d) for d in self.layout.devices
+        ]
+        self._values = [torch.zeros_like(keys) for keys in self._keys]
+
+    def _resize(self, rows: int, length: int) -> None:
+        # Layer by layer, so that at most one of them is there twice.
+        for tensors in (self._keys, self._values):
+            for number, old in enumerate(tensors):
+                new = old.new_zeros(rows, self.layout.heads, length, self.layout.head_dim)
+                kept_rows, kept = min(rows, old.shape[0]), min(length, old.shape[2])
+                new[:kept_rows, :, :kept] = old[:kept_rows, :, :kept]
+                tensors[number] = new

@@ -1,0 +1,265 @@
+"""The model: loading, prefill and decode. With ``vision.py``, all that knows the model family.
+
+transformers' own code runs unchanged; what is done here is to call its parts with everything that
+belongs to a request passed explicitly. Above all the positions: ``Qwen3VLModel`` would otherwise
+keep ``rope_deltas``, the state of one request, on an object that all share (transformers #43952).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from qwenvl_app.engine.checkpoint import check, find
+from qwenvl_app.engine.kv_cache import Layout, SlotCache
+from qwenvl_app.engine.sequence import Features, Inputs, Sequence
+from qwenvl_app.engine.vision import Encoding
+from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.prompts import IMAGE_PAD, PromptBuilder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and what turns requests into its inputs."""
+
+    model: Any  # Qwen3VLForConditionalGeneration, whose annotations admit no call of its parts
+    image_processor: Any  # Qwen2VLImageProcessorPil
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptBuilder
+
+
+def load(
+    name: str, *, device: str = "auto", dtype: str = "auto", attention: str = "auto"
+) -> LoadedModel:
+    """Load ``name``: ``demo``, a directory, or a ModelScope id. Takes seconds to minutes.
+
+    By default as the service being replaced: ``dtype="auto"``, ``device_map="auto"`` through
+    accelerate, and the checkpoint's own ``generation_config``. Raises ModelLoadError.
+    """
+    directory = find(name)
+    log.info("loading the model from %s", directory)
+    template = check(directory)
+    # Typed as Any: transformers' own annotations know neither the report nor the auto classes.
+    auto: Any = AutoImageProcessor
+    family: Any = Qwen3VLForConditionalGeneration
+    model, report = family.from_pretrained(
+        directory,
+        dtype=dtype,
+        device_map=device,
+        attn_implementation=None if attention == "auto" else attention,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(report["missing_keys"]):  # they would be filled with random numbers
+        raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
+    control, text = (
+        AutoTokenizer.from_pretrained(directory, local_files_only=True) for _ in range(2)
+    )
+    image_id = control.convert_tokens_to_ids(IMAGE_PAD)
+    if image_id != model.config.image_token_id:
+        raise ModelLoadError(
+            f"the tokenizer's {IMAGE_PAD} is {image_id}, config.json says "
+            f"{model.config.image_token_id}: the files are not of one checkpoint"
+        )
+    processor = auto.from_pretrained(directory, local_files_only=True)
+    prompts = PromptBuilder(control, text, template, processor.merge_size)
+    return LoadedModel(model.eval(), processor, control, prompts)
+
+
+def free_memory(loaded: LoadedModel) -> int:
+    """Bytes that are free where the model is: on its first GPU, else in the machine."""
+    device = loaded.model.device
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    available: int = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
+        available = min(available, int(most) - int(used.read_text(encoding="ascii")))
+    return max(0, available)
+
+
+def grid_of(loaded: LoadedModel, image: Image) -> tuple[int, int, int]:
+    """Patches that ``image`` will have: time, rows, columns. Nothing is computed for it."""
+    processor = loaded.image_processor
+    side, size = processor.patch_size, processor.size
+    height, width = smart_resize(
+        image.height,
+        image.width,
+        side * processor.merge_size,
+        min_pixels=size["shortest_edge"],
+        max_pixels=size["longest_edge"],
+    )
+    return 1, height // side, width // side
+
+
+def prepare(loaded: LoadedModel, image: Image, text: str) -> Inputs:
+    """The inputs of one picture and one question, but for the pixels. On the request's thread."""
+    grid = grid_of(loaded, image)
+    prompt = loaded.prompts.build(text, grid)
+    first = prompt.token_types.index(1)
+    image_tokens = range(first, first + sum(prompt.token_types))
+    positions = mrope_positions(
+        len(prompt.input_ids), image_tokens, grid, loaded.image_processor.merge_size
+    )
+    return Inputs(prompt.input_ids, positions, grid, image_tokens)
+
+
+def patches(loaded: LoadedModel, image: Image) -> torch.Tensor:
+    """The picture for the vision tower: (patches, channels * temporal * patch * patch), on the CPU.
+
+    Runs on the request's thread.
+    """
+    pixels: torch.Tensor = loaded.image_processor(images=[image], return_tensors="pt").pixel_values
+    return pixels
+
+
+def mrope_positions(
+    length: int, image: range, grid: tuple[int, int, int], merge: int
+) -> torch.Tensor:
+    """Positions (3, length) of a prompt with one picture, as ``Qwen3VLModel.get_rope_index``.
+
+    Text counts on in all three dimensions; the picture's tokens are placed in time, rows and
+    columns; the text after it goes on behind the larger of its sides.
+    """
+    time, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
+    placed = torch.cartesian_prod(torch.arange(time), torch.arange(rows), torch.arange(columns))
+    after = image.start + max(rows, columns)
+    return torch.cat(
+        [
+            torch.arange(image.start).expand(3, -1),
+            placed.T + image.start,
+            torch.arange(after, after + length - image.stop).expand(3, -1),
+        ],
+        dim=1,
+    )
+
+
+class Runner:
+    """Calls of the model, in inference mode. Used by the engine's thread alone."""
+
+    def __init__(self, model: Any):
+        self._model, self._text = model, model.model.language_model
+        self.visual = model.model.visual
+        config = model.config.text_config
+        heads: int = config.num_key_value_heads
+        self.layout = Layout(
+            heads,
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            self._text.embed_tokens.weight.dtype,
+            tuple(layer.input_layernorm.weight.device for layer in self._text.layers),
+        )
+        if any(device.type == "meta" for device in self.layout.devices):
+            raise ModelLoadError(
+                "the model does not fit the device: some of its layers were left in the machine's "
+                "memory or on disk; use a smaller or a quantised checkpoint"
+            )
+        # The eager attention adds its mask; all others take True and False.
+        self._adds_mask = self._text.config._attn_implementation == "eager"
+        self.max_length: int = config.max_position_embeddings
+        self.depth = len(self.visual.blocks)
+        self.merge: int = self.visual.spatial_merge_size
+        self._device = self._text.embed_tokens.weight.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where logits are."""
+        device: torch.device = self._model.lm_head.weight.device
+        return device
+
+    def encode(self, sequences: list[Sequence]) -> Encoding:
+        """Begin the vision tower's work on the pictures of ``sequences``."""
+        return Encoding(self.visual, sequences)
+
+    def prefill(
+        self, cache: SlotCache, sequences: list[Sequence], rows: Many[int], widths: Many[int]
+    ) -> torch.Tensor:
+        """Compute the next ``widths[i]`` prompt tokens of each; logits (sequences, vocabulary).
+
+        The logits are those behind each sequence's last token of this call.
+        """
+        widest = max(widths)
+        ids = torch.zeros(len(rows), widest, dtype=torch.long)
+        positions = torch.zeros(3, len(rows), widest, dtype=torch.long)
+        is_image = torch.zeros(len(rows), widest, dtype=torch.bool)
+        parts: list[Features] = []
+        for number, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
+            inputs, start = sequence.inputs, sequence.computed
+            ids[number, :width] = torch.tensor(inputs.ids[start : start + width])
+            positions[:, number, :width] = inputs.positions[:, start : start + width]
+            image = inputs.image_tokens
+            first, last = max(image.start, start), min(image.stop, start + width)
+            if first < last and sequence.features:
+                is_image[number, first - start : last - start] = True
+                here = slice(first - image.start, last - image.start)
+                parts.append(
+                    Features(
+                        sequence.features.embeds[here],
+                        [layer[here] for layer in sequence.features.deepstack],
+                    )
+                )
+        embeds = self._text.embed_tokens(ids.to(self._device))
+        visual: dict[str, Any] = {}
+        if parts:
+            is_image = is_image.to(self._device)
+            features = torch.cat([part.embeds for part in parts])
+            embeds[is_image] = features.to(embeds.device, embeds.dtype)
+            layers = zip(*(part.deepstack for part in parts), strict=True)
+            visual["visual_pos_masks"] = is_image
+            visual["deepstack_visual_embeds"] = [torch.cat(layer) for layer in layers]
+        mask = cache.begin(rows, [s.computed for s in sequences], widths)
+        hidden = self._text(
+            inputs_embeds=embeds,
+            attention_mask=self._mask(mask),
+            position_ids=positions.to(self._device),
+            past_key_values=cache,
+            use_cache=True,
+            **visual,
+        ).last_hidden_state
+        ends = torch.tensor(widths, device=hidden.device) - 1
+        return self._logits(hidden[torch.arange(len(rows), device=hidden.device), ends])
+
+    def decode(
+        self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
+    ) -> torch.Tensor:
+        """One token for each of the rows 0 to n; logits (n, vocabulary)."""
+        mask = cache.begin(range(len(ids)), starts, [1] * len(ids))
+        places = torch.tensor(positions, device=self._device)[None, :, None]
+        hidden = self._text(
+            input_ids=torch.tensor(ids, device=self._device)[:, None],
+            attention_mask=self._mask(mask),
+            position_ids=places.expand(3, -1, -1),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self._logits(hidden[:, -1])
+
+    def _mask(self, mask: torch.Tensor) -> torch.Tensor:
+        if not self._adds_mask:
+            return mask
+        dtype = self.layout.dtype
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return added.masked_fill_(~mask, torch.finfo(dtype).min)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._model.lm_head(hidden)
+        return logits

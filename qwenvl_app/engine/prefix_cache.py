@@ -1,0 +1,85 @@
+"""Pictures that were asked about before: their part of the KV cache, kept for the next question.
+
+In this chat format the picture comes first, so that everything up to its last token is the same
+whatever the question is. The key covers the decoded pixels and everything else that decides what
+the model makes of them; one that left out the shape served wrong answers (CVE-2025-46722 in vLLM).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of a prompt's first ``length`` tokens, for each layer."""
+
+    length: int
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it holds."""
+        return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
+
+
+def image_key(image: Image, salt: str) -> bytes:
+    """A digest of pixels, size and mode, and of ``salt``: the processor's settings."""
+    digest = hashlib.sha256(f"{image.mode} {image.size} {salt}\0".encode())
+    digest.update(image.tobytes())
+    return digest.digest()
+
+
+class PrefixCache:
+    """The least recently used are dropped when ``budget`` bytes are exceeded. Any thread."""
+
+    def __init__(self, budget: int):
+        self.budget, self.bytes = budget, 0
+        self.hits = self.misses = 0
+        self._entries: OrderedDict[bytes, Prefix] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: bytes) -> Prefix | None:
+        """The prefix of a picture, if it is here; counted as a hit or a miss."""
+        with self._lock:
+            if (entry := self._entries.get(key)) is None:
+                self.misses += 1
+                return None
+            self._entries.move_to_end(key)
+            self.hits += 1
+            return entry
+
+    def peek(self, key: bytes) -> Prefix | None:
+        """As ``get``, for a second look by the same request: it is not counted again."""
+        with self._lock:
+            return self._entries.get(key)
+
+    def put(self, key: bytes, prefix: Prefix) -> None:
+        """Keep ``prefix``, unless it alone is over the budget."""
+        if prefix.bytes > self.budget:
+            return
+        with self._lock:
+            if (old := self._entries.pop(key, None)) is not None:
+                self.bytes -= old.bytes
+            self._entries[key] = prefix
+            self.bytes += prefix.bytes
+            while self.bytes > self.budget:
+                self.bytes -= self._entries.popitem(last=False)[1].bytes
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+            self.bytes = 0

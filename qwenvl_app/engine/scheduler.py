@@ -1,0 +1,156 @@
+"""Who runs in the next step. Pure Python: no torch, no clock, no thread.
+
+Requests are served first come, first served. Row ``i`` of the KV cache belongs to ``rows[i]``: the
+rows are always without holes, so that one decode call covers them all (the idea of nano-vllm's
+``scheduler.py``, two queues and no policy elsewhere).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+
+class Job(Protocol):
+    """What the scheduler knows of a sequence."""
+
+    @property
+    def patches(self) -> int:
+        """Of its picture, in the vision tower."""
+
+    @property
+    def prompt_length(self) -> int:
+        """In tokens."""
+
+    @property
+    def reserved(self) -> int:
+        """The most tokens that it will have in the KV cache."""
+
+    @property
+    def image_key(self) -> bytes | None:
+        """Equal for equal pictures; None if nothing is shared."""
+
+    @property
+    def encoded(self) -> bool:
+        """Whether the vision tower has nothing to do for it, any more or at all."""
+
+    @property
+    def computed(self) -> int:
+        """Tokens in the KV cache."""
+
+
+J = TypeVar("J", bound=Job)
+
+
+@dataclass
+class Encode(Generic[J]):
+    """Run layers ``first`` to ``last`` (exclusive) of the vision tower on some pictures."""
+
+    jobs: list[J]
+    first: int
+    last: int
+
+
+@dataclass
+class Plan(Generic[J]):
+    """One step. Prefill: (sequence, tokens); the other rows of ``decode`` get one token each."""
+
+    encode: Encode[J] | None = None
+    prefill: list[tuple[J, int]] = field(default_factory=list)
+    decode: list[J] = field(default_factory=list)
+
+
+class Scheduler(Generic[J]):
+    """Rows, a queue for them, and a budget. Used by the engine's thread alone.
+
+    ``budget`` is in tokens of KV cache: its rectangle of rows times the longest row is held under
+    it, counting what each sequence may still grow to, so that nothing that runs ever has to stop
+    for want of memory. ``chunk`` bounds the prompt tokens of one step, and so how long the others
+    wait for their next token; ``patches`` does the same for whole passes of the vision tower, whose
+    ``depth`` layers are spread over several steps for a picture that has more.
+    """
+
+    def __init__(self, slots: int, budget: int, chunk: int, patches: int, depth: int):
+        self.slots, self.budget, self.chunk = slots, budget, chunk
+        self._patches, self._depth = patches, depth
+        self.waiting: deque[J] = deque()
+        self.rows: list[J] = []
+        # The same in the order of arrival: a row that is moved into a hole overtakes nobody.
+        self._order: list[J] = []
+        self._encoding: Encode[J] | None = None
+
+    def admit(self) -> list[J]:
+        """Move those who can start from the queue to rows; returns them, in order of rows."""
+        first = len(self.rows)
+        while self.waiting and len(self.rows) < self.slots and self._fits(self.waiting[0]):
+            if self._will_be_shared(self.waiting[0]):
+                break  # a moment later its picture need not be computed again
+            self.rows.append(self.waiting.popleft())
+        self._order += self.rows[first:]
+        return self.rows[first:]
+
+    def plan(self) -> Plan[J]:
+        """What the next step does. Sequences whose picture it finishes are in its prefill too."""
+        plan: Plan[J] = Plan(encode=self._plan_encode())
+        done = plan.encode.jobs if plan.encode and plan.encode.last == self._depth else []
+        plan.decode = [job for job in self.rows if job.computed >= job.prompt_length]
+        widest = 0
+        for job in self._order:
+            width = min(job.prompt_length - job.computed, self.chunk)
+            if width <= 0:
+                continue
+            # A prefill call is a rectangle too: a short prompt beside a long one is mostly padding.
+            area = (len(plan.prefill) + 1) * max(widest, width)
+            if (job.encoded or job in done) and (not plan.prefill or area <= self.chunk):
+                plan.prefill.append((job, width))
+                widest = max(widest, width)
+        return plan
+
+    def remove(self, job: J) -> tuple[int, int] | None:
+        """Take ``job`` out wherever it is; returns (from, to) if a row has to move for that."""
+        if self._encoding and job in self._encoding.jobs:
+            # Its pictures are one batch in the vision tower: the others start again.
+            self._encoding = None
+        if job not in self.rows:
+            self.waiting.remove(job)
+            return None
+        self._order.remove(job)
+        hole, last = self.rows.index(job), len(self.rows) - 1
+        moved = self.rows.pop()
+        if hole == last:
+            return None
+        self.rows[hole] = moved
+        return last, hole
+
+    def _fits(self, job: J) -> bool:
+        longest = max([job.reserved, *(row.reserved for row in self.rows)])
+        return longest * (len(self.rows) + 1) <= self.budget
+
+    def _will_be_shared(self, job: J) -> bool:
+        return (
+            job.image_key is not None
+            and not job.encoded
+            and any(
+                row.image_key == job.image_key and row.computed < row.prompt_length
+                for row in self.rows
+            )
+        )
+
+    def _plan_encode(self) -> Encode[J] | None:
+        if self._encoding is None:
+            jobs: list[J] = []
+            for job in self._order:
+                if not job.encoded and (
+                    not jobs or sum(j.patches for j in [*jobs, job]) <= self._patches
+                ):
+                    jobs.append(job)
+            if not jobs:
+                return None
+            self._encoding = Encode(jobs, 0, 0)
+        encode = self._encoding
+        work = sum(job.patches for job in encode.jobs)
+        layers = max(1, self._depth * self._patches // work)
+        encode = Encode(encode.jobs, encode.last, min(self._depth, encode.last + layers))
+        self._encoding = encode if encode.last < self._depth else None
+        return encode

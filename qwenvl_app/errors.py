@@ -1,0 +1,75 @@
+"""Errors that a client may see: each carries its status and its detail, in Chinese as documented.
+
+Raised anywhere, rendered in one place (``web/errors.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+INTERNAL_PREFIX = "服务器内部错误: "
+
+
+class ServiceError(Exception):
+    """Ends a request with ``status`` and ``{"detail": detail}``.
+
+    ``retry_after`` is in seconds and becomes the header of that name.
+    """
+
+    status = 500
+
+    def __init__(self, detail: Any, *, retry_after: int | None = None):
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after = retry_after
+
+
+class BadRequest(ServiceError):
+    """The request can't be understood, or its file is no picture."""
+
+    status = 400
+
+
+class TooLarge(ServiceError):
+    """The body or the picture is over a limit."""
+
+    status = 413
+
+
+class InvalidForm(ServiceError):
+    """Fields are missing or of the wrong kind. ``detail`` is pydantic's list of errors."""
+
+    status = 422
+
+
+class InternalError(ServiceError):
+    """Something failed in here. ``detail`` is a fixed sentence; the cause goes to the log."""
+
+
+class Unavailable(ServiceError):
+    """Not now: loading, draining, or more requests than there is room for."""
+
+    status = 503
+
+    @classmethod
+    def exhausted(cls) -> Unavailable:
+        """What a request gets when there is no memory left for it."""
+        return cls("显存或内存不足，请稍后重试或缩小图片。", retry_after=5)
+
+    @classmethod
+    def stopping(cls) -> Unavailable:
+        """What a request gets that comes too late."""
+        return cls("服务正在停止，请稍后重试。", retry_after=10)
+
+
+class DeadlineExceeded(ServiceError):
+    """The answer was not ready in time."""
+
+    status = 504
+
+    def __init__(self) -> None:
+        super().__init__("请求处理超时，请稍后重试。")
+
+
+class ModelLoadError(Exception):
+    """The model can't be loaded. The message is for the operator and names no directory."""

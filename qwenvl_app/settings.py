@@ -1,0 +1,94 @@
+"""Settings: the only reader of the environment and of ``config/``.
+
+Parsed once, frozen, and wrong ones stop the start with the key's name (the way of Starlette's
+``config.py``). Defaults live in ``config/default.toml`` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PREFIX = "QWENVL_"
+FILE_VARIABLE = PREFIX + "CONFIG"
+DEFAULTS = Path(__file__).resolve().parent.parent / "config" / "default.toml"
+
+
+class SettingsError(Exception):
+    """A setting is unknown or wrong. The message names the key and where it was set."""
+
+
+class Settings(BaseModel):
+    """The effective settings; ``config/default.toml`` says what each is for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(min_length=1)
+    device: str = Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    attention: Literal["auto", "sdpa", "eager"]
+    max_concurrency: int = Field(ge=1, le=256)
+    max_waiting: int = Field(ge=0, le=4096)
+    queue_timeout_s: float = Field(ge=0, allow_inf_nan=False)
+    max_new_tokens: int = Field(ge=1)
+    repetition_limit: int = Field(ge=0)
+    prefill_chunk: int = Field(ge=1)
+    kv_cache_mb: int = Field(ge=0)
+    prefix_cache_mb: int = Field(ge=0)
+    max_upload_mb: int = Field(ge=1, le=1024)
+    max_image_megapixels: float = Field(gt=0, le=500, allow_inf_nan=False)
+
+
+def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+    """Defaults, then the file named by ``QWENVL_CONFIG``, then ``QWENVL_<KEY>``, then overrides.
+
+    Raises SettingsError.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+
+    def take(source: str, more: Mapping[str, Any]) -> None:
+        for key, value in more.items():
+            if key not in Settings.model_fields:
+                near = difflib.get_close_matches(key, Settings.model_fields, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise SettingsError(f"unknown setting '{key}' ({source}){hint}")
+            values[key], origins[key] = value, source
+
+    take("config/default.toml", _read(DEFAULTS))
+    if file := environ.get(FILE_VARIABLE):
+        take(file, _read(Path(file)))
+    take(
+        "environment",
+        {
+            name.removeprefix(PREFIX).lower(): value
+            for name, value in environ.items()
+            if name.startswith(PREFIX) and name != FILE_VARIABLE
+        },
+    )
+    take("overrides", overrides)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        raise SettingsError(
+            f"setting '{key}' ({origins.get(key, 'nowhere')}): {first['msg']}, "
+            f"but it is {values.get(key)!r}"
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from None

@@ -1,0 +1,27 @@
+"""Every answer carries ``X-Request-ID``: the client's if it sent a sane one, else a new one."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from flask import Flask, Response, g, request
+
+HEADER = "X-Request-ID"
+_SANE = re.compile(r"[A-Za-z0-9._-]{1,128}")  # safe in a log line, a header and a sentence
+
+
+def register(app: Flask) -> None:
+    """Install the hooks."""
+    app.before_request(_choose)
+    app.after_request(_attach)
+
+
+def _choose() -> None:
+    sent = request.headers.get(HEADER, "")
+    g.request_id = sent if _SANE.fullmatch(sent) else uuid.uuid4().hex
+
+
+def _attach(response: Response) -> Response:
+    response.headers[HEADER] = g.request_id
+    return response

@@ -1,0 +1,46 @@
+"""Request models. Their errors are pydantic's, in the form that FastAPI gives them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
+
+from qwenvl_app.errors import InvalidForm
+from qwenvl_app.web.forms import Form, Upload
+
+
+def _expect_upload(value: Any) -> Upload:
+    if not isinstance(value, Upload):
+        raise ValueError(f"Expected UploadFile, received: {type(value)}")
+    return value
+
+
+class RecognizeForm(BaseModel):
+    """The two fields of ``POST /v1/image/recognize``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    image: Annotated[Upload, PlainValidator(_expect_upload)]
+
+    @classmethod
+    def parse(cls, form: Form) -> RecognizeForm:
+        """Validate ``form``, in which an empty string counts as not sent. Raises InvalidForm."""
+        try:
+            return cls.model_validate({name: value for name, value in form.items() if value != ""})
+        except ValidationError as error:
+            raise InvalidForm([_fastapi_error(dict(item)) for item in error.errors()]) from None
+
+
+def _fastapi_error(error: dict[str, Any]) -> dict[str, Any]:
+    # FastAPI renders the exception in a context as {}; a missing field has no input. Where the
+    # input is a file, FastAPI would render its insides.
+    given = error["input"] if isinstance(error["input"], str) else None
+    rendered = {
+        "type": error["type"],
+        "loc": ["body", *error["loc"]],
+        "msg": error["msg"],
+        "input": given,
+    }
+    return rendered | ({"ctx": {"error": {}}} if "ctx" in error else {})

@@ -1,0 +1,91 @@
+"""Fixtures for all tests, and the check that every test gave back what it took."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qwenvl_app import create_app
+from qwenvl_app.admission import Admission
+from qwenvl_app.engine.checkpoint import DEMO
+from qwenvl_app.settings import Settings, load_settings
+from tests.fakes import FakeBackend
+from tests.wire import MULTIPART, ROUTE, Answer
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):  # type: ignore[no-untyped-def]
+    report = yield
+    if report.skipped and os.environ.get("CI"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks() -> Iterator[None]:
+    """Threads that a test started have ended after it."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 5
+    # tqdm's monitor, of a loading bar, stays on by design.
+    while left := [
+        thread
+        for thread in set(threading.enumerate()) - before
+        if type(thread).__name__ != "TMonitor"
+    ]:
+        assert time.monotonic() < deadline, f"threads left running: {left}"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return load_settings({})
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend("这是", "一个", "答案。")
+
+
+@pytest.fixture
+def app(settings: Settings, backend: FakeBackend) -> Iterator[Flask]:
+    app = create_app(settings, backend)
+    yield app
+    admission: Admission = app.extensions["qwenvl"]["admission"]
+    assert admission.free == admission.permits, "a permit was not given back"
+    assert admission.waiting == 0
+    assert all(generation.cancelled for generation in backend.generations)
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The embedded checkpoint's tokenizer; special tokens in a text are special to it."""
+    return AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
+
+
+Post = Callable[..., Answer]
+
+
+@pytest.fixture
+def post(client: FlaskClient) -> Post:
+    """Post a raw body to the documented route through Flask's test client."""
+
+    def post(body: bytes, content_type: str | None = MULTIPART, path: str = ROUTE) -> Answer:
+        response = client.post(path, data=body, content_type=content_type)
+        headers = {name.lower(): value for name, value in response.headers}
+        return Answer(response.status_code, headers, response.data)
+
+    return post

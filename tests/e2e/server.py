@@ -1,0 +1,70 @@
+"""A real gunicorn with the embedded model, on a free port of 127.0.0.1."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.wire import send
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Server:
+    """A gunicorn that serves ``app``; ended by its process id."""
+
+    def __init__(self, log: Path, app: str = "wsgi:app", **settings: str):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        self.tmp = log.parent / "tmp"  # where this server would put a temporary file
+        self.tmp.mkdir()
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("QWENVL_")}
+        environ["TMPDIR"] = str(self.tmp)
+        command = [sys.executable, "-m", "gunicorn", "-c", "config/gunicorn.conf.py"]
+        command += ["--bind", f"127.0.0.1:{self.port}", app]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environ | settings, stdout=output, stderr=output
+            )
+
+    def wait(self, phase: str = "ready", seconds: float = 90) -> dict[str, object]:
+        """Wait until ``/readyz`` tells ``phase``; returns what it says."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                answer = json.loads(send(self.port, "GET", "/readyz").body)
+            except (OSError, ValueError, IndexError):
+                answer = {}
+            if answer.get("phase") == phase:
+                return dict(answer)
+            time.sleep(0.05)
+        raise AssertionError(f"never {phase}: {self.log.read_text()}")
+
+    @property
+    def worker(self) -> int:
+        """Process id of the one worker."""
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        assert len(children) == 1
+        return int(children[0])
+
+    def stop(self, seconds: float = 30) -> int:
+        """SIGTERM, and the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()

@@ -1,0 +1,62 @@
+"""A backend with no model, for everything that is not about the model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from qwenvl_app.errors import ServiceError
+from qwenvl_app.generation import (
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    Phase,
+    Status,
+    Usage,
+)
+
+
+class FakeGeneration:
+    """Yields the given pieces; waits for ``go`` before the first one."""
+
+    def __init__(self, pieces: list[str], go: threading.Event, failure: Exception | None):
+        self.pieces, self.go, self.failure = pieces, go, failure
+        self.cancelled = 0
+
+    def __iter__(self) -> Iterator[Delta]:
+        assert self.go.wait(20), "nobody let this generation go"
+        for piece in self.pieces:
+            yield Delta(piece)
+        if self.failure:
+            raise self.failure
+        yield Delta("", FinishReason.STOP, Usage(10, len(self.pieces)))
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+class FakeBackend:
+    """Answers with ``pieces``, remembers what it was asked, and fails as it is told to."""
+
+    def __init__(self, *pieces: str):
+        self.pieces = list(pieces)
+        self.go = threading.Event()
+        self.go.set()
+        self.phase = Status(Phase.READY)
+        self.failure: Exception | None = None
+        self.refusal: ServiceError | None = None
+        self.requests: list[GenerationRequest] = []
+        self.generations: list[FakeGeneration] = []
+
+    def status(self) -> Status:
+        return self.phase
+
+    def generate(self, request: GenerationRequest) -> FakeGeneration:
+        if self.refusal:
+            raise self.refusal
+        self.requests.append(request)
+        self.generations.append(FakeGeneration(self.pieces, self.go, self.failure))
+        return self.generations[-1]
+
+    def close(self) -> None:
+        self.go.set()

@@ -1,0 +1,58 @@
+"""What the documents say is what the code has."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from qwenvl_app import backends, errors, images
+from qwenvl_app.settings import DEFAULTS, PREFIX, Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = ["README.md", "README.zh-CN.md"]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_settings_table(name: str):
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `(.+?)` \| .+ \|$", read(name), re.MULTILINE)
+    defaults = tomllib.loads(DEFAULTS.read_text(encoding="utf-8"))
+    expected = [(key, PREFIX + key.upper(), json.dumps(defaults[key])) for key in defaults]
+    assert rows == expected
+    assert list(defaults) == list(Settings.model_fields)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_errors_table_has_every_chinese_detail(name: str):
+    """Every sentence that the code can answer with begins as one in the table does."""
+    table = read(name)
+    sources = [Path(module.__file__ or "") for module in (backends, errors, images)]
+    sources += sorted((ROOT / "qwenvl_app").rglob("*.py"))
+    found = set()
+    for path in sources:
+        found |= set(re.findall(r'"([^"\x00-\x7f][^"{]*)[^"]*"', path.read_text(encoding="utf-8")))
+    sentences = {text for text in found if not text.startswith(("模型加载失败", "推理", "处理"))}
+    assert len(sentences) >= 7
+    for sentence in sentences - {errors.INTERNAL_PREFIX}:
+        assert sentence.strip() in table, f"{sentence} is not in {name}"
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_files_that_are_linked_exist(name: str):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", read(name)):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_dependency_has_its_reason():
+    table = read("CONTRIBUTING.md")
+    for file in ("requirements.txt", "requirements-dev.txt"):
+        for line in read(file).splitlines():
+            if name := re.match(r"[a-z][\w-]*", line):
+                assert name[0] in table or name[0].startswith("types-"), name[0]

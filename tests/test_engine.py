@@ -1,0 +1,435 @@
+"""The engine gives each request exactly what ``model.generate`` gives for it alone."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from demo.scenes import draw
+from qwenvl_app.engine.model import LoadedModel, load, mrope_positions, patches, prepare
+from qwenvl_app.engine.sequence import Sequence
+from qwenvl_app.engine.vision import Encoding
+from qwenvl_app.errors import DeadlineExceeded, InternalError, TooLarge, Unavailable
+from qwenvl_app.generation import FinishReason, GenerationRequest, Phase
+from tests.engines import (
+    Solo,
+    agrees,
+    finish,
+    generate,
+    inputs_of,
+    random_image,
+    random_request,
+    request,
+    running,
+    spread,
+    until_idle,
+)
+
+Asked = tuple[GenerationRequest, Solo]
+
+
+@pytest.fixture(scope="module")
+def demo() -> LoadedModel:
+    return load("demo")
+
+
+@pytest.fixture(scope="module")
+def wild(demo) -> LoadedModel:
+    return spread(demo)
+
+
+@pytest.fixture(scope="module")
+def asked(wild) -> list[Asked]:
+    """64 requests, and what ``generate`` answers."""
+    rng = random.Random(64)
+    requests = [random_request(rng) for _ in range(64)]
+    return [(each, generate(wild, each)) for each in requests]
+
+
+def judge(pairs: list[tuple[Sequence, Solo]]) -> None:
+    verdicts = [agrees(sequence, solo) for sequence, solo in pairs]
+    ties = verdicts.count(None)
+    assert verdicts.count(False) == 0, f"{verdicts.count(False)} differ, {ties} tie"
+    assert ties <= len(verdicts) // 16, f"{ties} ties"
+
+
+@pytest.mark.parametrize(
+    ("slots", "chunk", "prefix"),
+    [
+        (1, 1024, 0),
+        (4, 1024, 0),
+        (16, 1024, 0),
+        (4, 64, 0),
+        (4, 7, 0),
+        (4, 1024, 2**27),
+        (16, 31, 2**20),
+    ],
+)
+def test_every_token_is_that_of_generate(wild, asked, slots: int, chunk: int, prefix: int):
+    """Mixed sizes, prompts and lengths, joining and leaving at random steps."""
+    rng = random.Random(slots * chunk)
+    again = asked[:12] if prefix else []
+    with running(wild, slots=slots, prefill_chunk=chunk, prefix_cache_bytes=prefix) as engine:
+        pairs = []
+        for each, solo in [*asked, *again]:
+            pairs.append((engine.submit(each), solo))
+            time.sleep(rng.random() * 0.01)
+        for sequence, _ in pairs:
+            finish(sequence)
+        hits = engine.prefixes.hits
+    judge(pairs)
+    if prefix == 2**27:
+        assert hits >= len(again)
+
+
+def test_eager_attention(demo, asked):
+    """It adds its mask to the weights: a mask of True and False would hide nothing from it."""
+    eager = spread(demo, "eager")
+    assert eager.model.config.text_config._attn_implementation == "eager"
+    with running(eager, prefill_chunk=50) as engine:
+        pairs = [(engine.submit(each), solo) for each, solo in asked[:16]]
+        for sequence, _ in pairs:
+            finish(sequence)
+    judge(pairs)
+
+
+def test_the_demo_model_with_all_its_ends(demo):
+    rng = random.Random(3)
+    with running(demo) as engine:
+        pairs = []
+        for _ in range(24):
+            image, _scene = draw(rng, 100, 100)
+            each = request(image, rng.choice(("描述一下这张图片。", "what shape is present?")))
+            pairs.append((engine.submit(each), generate(demo, each)))
+        for sequence, _ in pairs:
+            assert list(sequence)[-1].finish_reason is FinishReason.STOP
+    judge(pairs)
+
+
+def test_positions_are_those_of_transformers(wild):
+    rng = random.Random(5)
+    for _ in range(20):
+        each = random_request(rng)
+        inputs = inputs_of(wild, each)
+        theirs, delta = wild.model.model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+        )
+        ours = prepare(wild, each.image, each.prompt)
+        assert torch.equal(ours.positions, theirs[:, 0])
+        # The answer's first token goes on from there.
+        assert ours.positions[0, -1] + 1 == len(ours.ids) + delta.item()
+        assert list(ours.grid) == inputs["image_grid_thw"][0].tolist()
+        assert patches(wild, each.image).shape[0] == math.prod(ours.grid)
+    assert mrope_positions(9, range(2, 6), (1, 4, 4), 2).tolist()[1] == [0, 1, 2, 2, 3, 3, 4, 5, 6]
+
+
+def test_the_vision_tower_in_pieces_is_the_vision_tower(wild):
+    rng = random.Random(6)
+
+    class Job:
+        def __init__(self, image):
+            self.inputs = prepare(wild, image, "x")
+            self.inputs.pixels = patches(wild, image)
+            self.patches = len(self.inputs.pixels)
+
+    jobs = [Job(random_image(rng)) for _ in range(3)]
+    visual = wild.model.model.visual
+    with torch.inference_mode():
+        whole = visual(
+            torch.cat([job.inputs.pixels for job in jobs]),
+            grid_thw=torch.tensor([job.inputs.grid for job in jobs]),
+        )
+        encoding = Encoding(visual, jobs)
+        assert encoding.advance(0, 1) is None
+        assert encoding.advance(1, 3) is None
+        features = encoding.advance(3, 4)
+    torch.testing.assert_close(torch.cat([f.embeds for f in features]), whole.pooler_output)
+    for number, layer in enumerate(whole.deepstack_features):
+        torch.testing.assert_close(torch.cat([f.deepstack[number] for f in features]), layer)
+
+
+def test_nothing_of_a_request_stays_on_the_model(wild, asked):
+    wild.model.model.rope_deltas = poison = torch.tensor([[12345]])
+    try:
+        with running(wild) as engine:
+            pairs = [(engine.submit(each), solo) for each, solo in asked[:8]]
+            for sequence, _ in pairs:
+                finish(sequence)
+        judge(pairs)
+        assert wild.model.model.rope_deltas is poison
+    finally:
+        wild.model.model.rope_deltas = None
+
+
+def test_a_large_picture_does_not_stop_the_others(wild):
+    """While it is prefilled in small pieces, the others get a token in every step."""
+    with running(wild, prefill_chunk=32) as engine:
+        small = Image.new("RGB", (64, 64), "red")
+        streams = [
+            engine.submit(request(small, max_new_tokens=200, ignore_eos=True, stream=True))
+            for _ in range(3)
+        ]
+        for stream in streams:
+            next(iter(stream))
+        large = engine.submit(request(Image.new("RGB", (1024, 1024), "blue"), max_new_tokens=1))
+        while not large.started:
+            time.sleep(0.0005)
+        before, steps = [len(s.tokens) for s in streams], engine.steps
+        finish(large)
+        gained = [len(s.tokens) - b for s, b in zip(streams, before, strict=True)]
+        taken = engine.steps - steps
+        for stream in streams:
+            stream.cancel()
+        assert taken > 8
+        assert min(gained) >= min(taken - 2, 190)
+
+
+def test_the_same_picture_is_looked_at_once(wild, monkeypatch):
+    seen: list[int] = []
+    real = Encoding.__init__
+
+    def counted(self, visual, sequences):
+        seen.append(len(sequences))
+        real(self, visual, sequences)
+
+    monkeypatch.setattr(Encoding, "__init__", counted)
+    image = random_image(random.Random(8))
+    with running(wild, prefix_cache_bytes=2**26) as engine:
+        together = [engine.submit(request(image, f"{n}", max_new_tokens=4)) for n in range(4)]
+        for sequence in together:
+            finish(sequence)
+        last = list(engine.submit(request(image, "?", max_new_tokens=1)))[-1]
+        assert 0 < last.usage.cached_tokens < last.usage.prompt_tokens
+        finish(engine.submit(request(random_image(random.Random(9)), max_new_tokens=1)))
+    assert seen == [1, 1]
+
+
+def test_memory_follows_the_tokens(wild):
+    with running(wild) as engine:
+        token = engine._executor.cache.layout.token_bytes
+        assert engine.cache_bytes == 0
+        long = engine.submit(request(Image.new("RGB", (700, 700)), max_new_tokens=200, stream=True))
+        next(iter(long))
+        assert 256 * token < engine.cache_bytes <= 640 * token
+        short = engine.submit(request(Image.new("RGB", (64, 64)), max_new_tokens=2))
+        finish(short)
+        long.cancel()
+        until_idle(engine)
+
+
+def test_a_request_that_does_not_fit_beside_the_others_waits(wild):
+    token = 1024  # what a token takes in this model: 2 x 4 layers x 2 heads x 32 x 4 bytes = 2,048
+    with running(wild, kv_cache_bytes=600 * 2 * token) as engine:
+        assert engine._executor.cache.layout.token_bytes == 2 * token
+        picture = Image.new("RGB", (512, 512))  # 256 tokens
+        options = {"max_new_tokens": 40, "ignore_eos": True, "stream": True}
+        first = engine.submit(request(picture, **options))
+        next(iter(first))
+        second = engine.submit(request(picture, **options))
+        finish(first)
+        finish(second)
+        assert second.started >= first.first_token + first.timings.decode
+        assert engine.running == 0
+
+
+def test_a_request_that_could_never_fit_is_refused_before_any_work(wild, monkeypatch):
+    monkeypatch.setattr("qwenvl_app.engine.engine.patches", None)
+    with (
+        running(wild, kv_cache_bytes=200 * 2048) as engine,
+        pytest.raises(TooLarge, match=r"图片和提示词共 \d+ 个 token，超过 199 个的限制"),
+    ):
+        engine.submit(request(Image.new("RGB", (512, 512))))
+
+
+def test_deadlines_and_cancelling_while_waiting_and_while_running(wild):
+    image = Image.new("RGB", (64, 64), "red")
+    with running(wild, slots=1) as engine:
+        options = {"max_new_tokens": 256, "ignore_eos": True}
+        soon = time.monotonic() + 0.15
+        runs = engine.submit(request(image, deadline=soon, stream=True, **options))
+        waits = engine.submit(request(image, deadline=soon - 0.1, **options))
+        left = engine.submit(request(image, **options))
+        left.cancel()
+        with pytest.raises(DeadlineExceeded):
+            list(waits)
+        assert list(left)[-1].finish_reason is FinishReason.CANCELLED
+        with pytest.raises(DeadlineExceeded):
+            list(runs)
+        assert 0 < len(runs.tokens) < 256
+        assert finish(engine.submit(request(image, max_new_tokens=3))) is not None
+
+
+def test_stop_strings_end_an_answer_and_are_not_part_of_it(demo):
+    image, _ = draw(random.Random(1), 100, 100)
+    with running(demo) as engine:
+        whole = finish(engine.submit(request(image, "描述一下这张图片。")))
+        assert "背景" in whole
+        for stop in ("背景", "景是浅"):
+            deltas = list(engine.submit(request(image, "描述一下这张图片。", stop=("没有", stop))))
+            assert "".join(d.text for d in deltas) == whole.partition(stop)[0]
+            assert deltas[-1].finish_reason is FinishReason.STOP
+        absent = engine.submit(request(image, "描述一下这张图片。", stop=("。。",)))
+        assert finish(absent) == whole
+
+
+def test_endless_repetition_is_ended(wild, monkeypatch):
+    """A model that says the same for ever: its logits are bent to do so."""
+    image = Image.new("RGB", (64, 64))
+    with running(wild) as engine:
+        real = engine._runner.decode
+
+        def stuck(*arguments):
+            logits = real(*arguments)
+            logits[:, 70] += 1000
+            return logits
+
+        monkeypatch.setattr(engine._runner, "decode", stuck)
+        deltas = list(engine.submit(request(image, repetition_limit=64)))
+        assert deltas[-1].finish_reason is FinishReason.REPETITION
+        assert 64 <= deltas[-1].usage.completion_tokens <= 96
+        free = list(engine.submit(request(image)))
+        assert free[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_timings_and_usage(wild):
+    with running(wild) as engine:
+        deltas = list(engine.submit(request(Image.new("RGB", (128, 128)), max_new_tokens=5)))
+    timings, usage = deltas[-1].timings, deltas[-1].usage
+    assert usage.completion_tokens <= 5
+    assert usage.prompt_tokens > 16
+    assert 0 < timings.preprocess < timings.first_token
+    assert timings.first_token >= timings.preprocess + timings.queue
+    assert timings.prefill > 0
+    assert timings.decode >= 0
+
+
+def test_one_row_whose_sampling_fails_ends_alone(wild, caplog):
+    image = Image.new("RGB", (64, 64))
+    with running(wild) as engine:
+        others = [
+            engine.submit(request(image, max_new_tokens=60, ignore_eos=True, stream=True))
+            for _ in range(2)
+        ]
+        bad = engine.submit(request(image, temperature=1.0, max_new_tokens=60))
+        bad.sampler.sample = lambda _logits: 1 / 0
+        with pytest.raises(InternalError):
+            list(bad)
+        assert all(list(other)[-1].finish_reason is FinishReason.LENGTH for other in others)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_numbers_that_are_not_finite_end_that_row_alone(wild, monkeypatch, asked):
+    with running(wild) as engine:
+        victim = engine.submit(
+            request(Image.new("RGB", (64, 64)), max_new_tokens=40, ignore_eos=True, stream=True)
+        )
+        next(iter(victim))
+        row = engine._scheduler.rows.index(victim)
+        with torch.inference_mode():
+            for values in engine._executor.cache._values:
+                values[row].fill_(float("nan"))
+        with pytest.raises(InternalError):
+            list(victim)
+        pairs = [(engine.submit(each), solo) for each, solo in asked[:8]]
+        for sequence, _ in pairs:
+            finish(sequence)
+    judge(pairs)
+
+
+def test_a_failing_step_ends_those_in_it_and_the_next_request_works(wild, monkeypatch, caplog):
+    image = Image.new("RGB", (64, 64))
+    with running(wild, slots=2) as engine:
+        real, calls = engine._runner.decode, []
+
+        def once(*arguments):
+            calls.append(1)
+            if len(calls) == 3:
+                raise RuntimeError("at 0x7f")
+            return real(*arguments)
+
+        monkeypatch.setattr(engine._runner, "decode", once)
+        options = {"max_new_tokens": 20, "ignore_eos": True}
+        sequences = [engine.submit(request(image, **options)) for _ in range(3)]
+        outcomes = []
+        for sequence in sequences:
+            try:
+                outcomes.append(list(sequence)[-1].finish_reason)
+            except InternalError as error:
+                outcomes.append(error.detail)
+        assert outcomes.count("推理时发生错误，请稍后重试。") in (1, 2)
+        assert outcomes[2] is FinishReason.LENGTH
+        assert engine.failure is None
+    assert "at 0x7f" in caplog.text
+
+
+def test_out_of_memory_is_said_as_503(wild, monkeypatch):
+    with running(wild, prefix_cache_bytes=2**20) as engine:
+        real = engine._runner.prefill
+
+        def full(*_arguments):
+            raise torch.OutOfMemoryError("tried to allocate")
+
+        monkeypatch.setattr(engine._runner, "prefill", full)
+        image = Image.new("RGB", (64, 64))
+        for _ in range(5):  # however often: a picture that is too large is no broken engine
+            with pytest.raises(Unavailable) as error:
+                list(engine.submit(request(image)))
+            assert error.value.retry_after
+        monkeypatch.setattr(engine._runner, "prefill", real)
+        finish(engine.submit(request(image, max_new_tokens=2)))
+
+
+@pytest.mark.parametrize("part", ["prefill", "decode"])
+def test_a_failure_that_keeps_coming_marks_the_engine(wild, monkeypatch, part):
+    """A prefill that works does not make up for a decode that never does."""
+    with running(wild) as engine:
+
+        def broken(*_arguments):
+            raise RuntimeError("again")
+
+        monkeypatch.setattr(engine._runner, part, broken)
+        image = Image.new("RGB", (64, 64))
+        for _ in range(3):
+            with pytest.raises(InternalError):
+                list(engine.submit(request(image)))
+        engine._thread.join(5)
+        assert not engine._thread.is_alive()
+        assert engine.failure.phase is Phase.FAILED
+        assert "RuntimeError" in engine.failure.message
+        with pytest.raises(InternalError):
+            engine.submit(request(image))
+
+
+def test_an_idle_engine_does_nothing(wild):
+    with running(wild) as engine:
+        finish(engine.submit(request(Image.new("RGB", (64, 64)), max_new_tokens=2)))
+        until_idle(engine)
+        time.sleep(0.05)
+        steps, cpu = engine.steps, time.process_time()
+        time.sleep(0.5)
+        assert engine.steps == steps
+        assert time.process_time() - cpu < 0.1
+
+
+def test_closing_ends_what_runs_and_what_waits(wild):
+    """Rows are not moved any more then: one that failed to left its reader waiting for ever."""
+    image = Image.new("RGB", (64, 64))
+    options = {"max_new_tokens": 256, "ignore_eos": True, "stream": True}
+    with running(wild, slots=3) as engine:
+        runs = [engine.submit(request(image, **options)) for _ in range(3)]
+        next(iter(runs[-1]))
+        waits = engine.submit(request(image))
+        closer = threading.Thread(target=engine.close)
+        closer.start()
+        for sequence in (*runs, waits):
+            with pytest.raises(Unavailable):
+                list(sequence)
+        closer.join()
+        with pytest.raises(Unavailable):
+            engine.submit(request(image))

@@ -1,0 +1,209 @@
+"""Pictures as a viewer would show them, whatever the format and mode."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from qwenvl_app.errors import BadRequest, TooLarge
+from qwenvl_app.images import decode_image
+from tests.wire import encode, picture
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def decode(data: bytes) -> Image.Image:
+    image = decode_image(data, max_megapixels=50)
+    assert image.mode == "RGB"
+    return image
+
+
+def close(
+    image: Image.Image, at: tuple[int, int], color: tuple[int, ...], within: int = 12
+) -> bool:
+    return bool(np.abs(np.array(image.getpixel(at)) - np.array(color)).max() <= within)
+
+
+@pytest.mark.parametrize(
+    "file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "MPO"]
+)
+def test_formats(file_format: str):
+    image = decode(picture("rectangle", "red", (96, 64), file_format))
+    assert image.size == (96, 64)
+    assert close(image, (48, 30), RED, 30)
+    assert close(image, (3, 3), (250, 245, 240), 12)
+
+
+def test_the_format_is_told_by_content():
+    """Only what is on the list is read, whatever else Pillow can open."""
+    for file_format in ("PPM", "ICO", "TGA", "PCX", "EPS", "PDF"):
+        with pytest.raises(BadRequest):
+            decode(picture(file_format=file_format))
+    with pytest.raises(BadRequest):
+        decode(b'<svg xmlns="http://www.w3.org/2000/svg"/>')
+
+
+# Where the file's top left pixel belongs, for each EXIF orientation.
+_CORNERS = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "tr", 7: "br", 8: "bl"}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
+def test_exif_orientation(orientation: int, file_format: str):
+    image = Image.new("RGB", (96, 64), "white")
+    ImageDraw.Draw(image).rectangle([0, 0, 31, 31], fill="red")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shown = decode(encode(image, file_format, exif=exif.tobytes()))
+    assert shown.size == ((64, 96) if orientation >= 5 else (96, 64))
+    right, bottom = shown.width - 9, shown.height - 9
+    at = {"tl": (8, 8), "tr": (right, 8), "br": (right, bottom), "bl": (8, bottom)}
+    for corner, place in at.items():
+        assert close(shown, place, RED if corner == _CORNERS[orientation] else WHITE, 40)
+
+
+def transparent(mode: str) -> Image.Image:
+    image = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    ImageDraw.Draw(image).rectangle([10, 0, 19, 19], fill=(255, 0, 0, 255))
+    return image if mode == "RGBA" else image.convert(mode)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF", "TIFF", "AVIF"])
+def test_transparency_is_laid_on_white(file_format: str):
+    image = decode(encode(transparent("RGBA"), file_format))
+    assert close(image, (2, 10), WHITE)
+    assert close(image, (17, 10), RED)
+
+
+def test_half_transparency_is_mixed_with_white():
+    image = decode(encode(Image.new("RGBA", (4, 4), (255, 0, 0, 128))))
+    assert close(image, (1, 1), (255, 127, 127), 1)
+
+
+def test_grey_with_alpha():
+    image = Image.new("LA", (4, 4), (0, 0))
+    image.putpixel((1, 1), (0, 255))
+    shown = decode(encode(image))
+    assert (shown.getpixel((0, 0)), shown.getpixel((1, 1))) == (WHITE, (0, 0, 0))
+
+
+def test_a_transparent_palette_entry_and_colour():
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 255, 0, 255, 0, 0])
+    palette.putpixel((1, 1), 1)
+    shown = decode(encode(palette, transparency=0))
+    assert (shown.getpixel((0, 0)), shown.getpixel((1, 1))) == (WHITE, RED)
+    plain = Image.new("RGB", (4, 4), (0, 255, 0))
+    plain.putpixel((1, 1), RED)
+    shown = decode(encode(plain, transparency=(0, 255, 0)))
+    assert (shown.getpixel((0, 0)), shown.getpixel((1, 1))) == (WHITE, RED)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bits_of_grey(file_format: str):
+    """Pillow alone would clip everything above 255 to white."""
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)
+    image = Image.fromarray(np.tile(ramp, (4, 1)))
+    shown = np.asarray(decode(encode(image, file_format)))
+    assert np.abs(shown[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_thirty_two_bits_are_stretched(kind):
+    values = np.tile(np.linspace(-1000, 1000, 64).astype(kind), (4, 1))
+    shown = np.asarray(decode(encode(Image.fromarray(values), "TIFF")))
+    assert (shown[0, 0, 0], shown[0, -1, 0]) == (0, 255)
+    flat = Image.fromarray(np.full((4, 4), 7, dtype=kind))
+    assert decode(encode(flat, "TIFF")).size == (4, 4)
+
+
+def test_sixteen_bits_of_colour():
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    row = b"\0" + struct.pack(">3H", 65535, 32768, 0) * 4
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
+    data += chunk(b"IDAT", zlib.compress(row * 4)) + chunk(b"IEND", b"")
+    assert close(decode(data), (1, 1), (255, 128, 0), 1)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "TIFF"])
+def test_cmyk(file_format: str):
+    image = Image.new("CMYK", (32, 32), (0, 255, 255, 0))
+    assert close(decode(encode(image, file_format)), (10, 10), RED)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+def test_bilevel_grey_and_palette(mode: str):
+    image = Image.new("RGB", (32, 32), "black")
+    ImageDraw.Draw(image).rectangle([16, 0, 31, 31], fill="white")
+    shown = decode(encode(image.convert(mode)))
+    assert close(shown, (2, 2), (0, 0, 0))
+    assert close(shown, (30, 2), WHITE)
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_the_first_frame_of_an_animation(file_format: str):
+    frames = [Image.new("RGB", (32, 32), color) for color in (RED, BLUE)]
+    data = encode(frames[0], file_format, save_all=True, append_images=frames[1:])
+    assert close(decode(data), (10, 10), RED, 20)
+
+
+def test_a_colour_profile_is_dropped():
+    """With and without one, the same pixels: what the checkpoints were trained on."""
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    plain = Image.open(io.BytesIO(picture()))
+    assert decode(encode(plain, icc_profile=profile)).tobytes() == decode(picture()).tobytes()
+    assert decode(encode(plain, icc_profile=b"broken")).tobytes() == decode(picture()).tobytes()
+
+
+@pytest.mark.parametrize(
+    "file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"]
+)
+def test_truncated_files(file_format: str):
+    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), file_format)
+    for share in (0.05, 0.3, 0.6):
+        with pytest.raises(BadRequest, match="无法作为图片读取"):
+            decode(data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize(("size", "fits"), [((200, 1), True), ((201, 1), False), ((1, 201), False)])
+def test_ratio(size: tuple[int, int], fits: bool):
+    data = picture(size=size)
+    if fits:
+        assert decode(data).size == size
+    else:
+        with pytest.raises(
+            BadRequest, match=f"长宽比不能超过 200，但收到的图片为 {size[0]}×{size[1]} 像素"
+        ):
+            decode(data)
+
+
+def test_one_pixel():
+    assert decode(encode(Image.new("RGB", (1, 1), RED))).getpixel((0, 0)) == RED
+
+
+@pytest.mark.parametrize("side", [8000, 30_000])
+def test_pixels_are_counted_before_decoding(side: int):
+    """A header of 65 bytes that claims 900 megapixels costs nothing."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header
+    data += struct.pack(">I", zlib.crc32(b"IHDR" + header)) + struct.pack(">I", 0) + b"IDAT"
+    with pytest.raises(TooLarge, match="50 百万像素的限制"):
+        decode(data)
+
+
+def test_what_a_decoder_says_stays_here():
+    with pytest.raises(BadRequest) as error:
+        decode(picture()[:60])
+    assert error.value.__cause__ is None
+    assert "0x" not in str(error.value)

@@ -1,0 +1,87 @@
+"""Imports go downwards only, and importing starts nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "qwenvl_app"
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+)
+LAYERS = [
+    (5, ("qwenvl_app",)),
+    (4, ("qwenvl_app.web",)),
+    (3, ("qwenvl_app.backends",)),
+    (2, ("qwenvl_app.engine",)),
+    (1, ("qwenvl_app.images", "qwenvl_app.prompts", "qwenvl_app.admission")),
+    (0, ("qwenvl_app.settings", "qwenvl_app.errors", "qwenvl_app.generation")),
+]
+
+
+def layer(module: str) -> int:
+    if module == "qwenvl_app":
+        return 5
+    for number, names in LAYERS[1:]:
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return number
+    raise AssertionError(f"{module} is in no layer: add it to tests/test_layers.py")
+
+
+def imports(module: str) -> set[str]:
+    """Everything that a module imports, inside functions too."""
+    path = ROOT / Path(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update(
+                name if (name := f"{node.module}.{alias.name}") in MODULES else node.module
+                for alias in node.names
+            )
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_downwards(module: str):
+    for imported in imports(module):
+        if imported.startswith("qwenvl_app"):
+            same_package = imported.rsplit(".", 1)[0] == module.rsplit(".", 1)[0] or (
+                imported.startswith(module + ".") or module.startswith(imported + ".")
+            )
+            assert layer(imported) < layer(module) or (
+                layer(imported) == layer(module) and same_package
+            ), f"{module} imports {imported}"
+        top = imported.split(".")[0]
+        if layer(module) == 4:
+            assert top not in ("torch", "transformers")
+            assert not imported.startswith("qwenvl_app.engine")
+        if layer(module) <= 3:
+            assert top not in ("flask", "gunicorn")
+
+
+def test_importing_starts_nothing():
+    """No thread, no model, no file: only wsgi.py makes an application."""
+    names = [name for name in MODULES if not name.startswith("qwenvl_app.engine")]
+    code = (
+        "import importlib, sys, threading\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "assert threading.active_count() == 1, threading.enumerate()\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_are_small(module: str):
+    path = ROOT / Path(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300

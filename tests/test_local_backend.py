@@ -1,0 +1,108 @@
+"""The local backend with the embedded checkpoint: what is the engine's own is in test_engine.py."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from PIL import Image
+
+from qwenvl_app.backends.local import LocalBackend
+from qwenvl_app.engine.model import load
+from qwenvl_app.errors import InternalError, Unavailable
+from qwenvl_app.generation import FinishReason, GenerationRequest, Phase, SamplingParams
+from qwenvl_app.settings import load_settings
+from tests.engines import finish
+from tests.wire import picture
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load("demo")
+
+
+@pytest.fixture
+def local(loaded, monkeypatch) -> Iterator[LocalBackend]:
+    monkeypatch.setattr("qwenvl_app.engine.model.load", lambda _name, **_options: loaded)
+    backend = LocalBackend(load_settings({}))
+    while backend.status().phase is Phase.LOADING:
+        time.sleep(0.005)
+    yield backend
+    backend.close()
+
+
+def ask(prompt: str, shape: str = "circle", color: str = "blue", **sampling) -> GenerationRequest:
+    image = Image.open(io.BytesIO(picture(shape, color, (128, 128)))).convert("RGB")
+    return GenerationRequest(image, prompt, "id", SamplingParams(**sampling), stream=True)
+
+
+def test_deltas_end_with_a_reason_usage_and_timings(local):
+    deltas = list(local.generate(ask("这张图里有什么？")))
+    assert "".join(delta.text for delta in deltas) == "图中有一个蓝色的圆形。"
+    assert len(deltas) > 3
+    assert all(d.finish_reason is None and d.usage is None for d in deltas[:-1])
+    assert deltas[-1].finish_reason is FinishReason.STOP
+    assert deltas[-1].usage.prompt_tokens > 16
+    assert deltas[-1].usage.completion_tokens >= len(deltas) - 1
+    assert deltas[-1].timings.first_token > 0
+
+
+def test_length(local):
+    deltas = list(local.generate(ask("这张图里有什么？", max_new_tokens=2)))
+    assert deltas[-1].finish_reason is FinishReason.LENGTH
+    assert deltas[-1].usage.completion_tokens == 2
+
+
+def test_cancelled_while_it_runs(local):
+    generation = local.generate(ask("描述一下这张图片。"))
+    deltas = []
+    for delta in generation:
+        deltas.append(delta)
+        generation.cancel()
+    assert deltas[-1].finish_reason in (FinishReason.CANCELLED, FinishReason.STOP)
+    generation.cancel()
+    assert finish(local.generate(ask("what color is the shape?"))) == "blue"
+
+
+def test_many_threads_each_get_their_own_answer(local):
+    colors = ["red", "green", "blue", "black"] * 3
+    answers: dict[int, str] = {}
+
+    def work(number: int, color: str) -> None:
+        answers[number] = finish(local.generate(ask("what color is the shape?", color=color)))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(colors)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[number] for number in range(len(colors))] == colors
+
+
+def test_an_engine_that_has_failed_shows_in_the_status(local, monkeypatch):
+    engine = local._engine
+
+    def broken(*_arguments):
+        raise RuntimeError("again")
+
+    monkeypatch.setattr(engine._runner, "prefill", broken)
+    for _ in range(3):
+        with pytest.raises(InternalError):
+            list(local.generate(ask("x")))
+    while local.status().phase is Phase.READY:
+        time.sleep(0.005)
+    assert local.status().phase is Phase.FAILED
+    assert "has to be restarted" in local.status().message
+    with pytest.raises(InternalError):
+        local.generate(ask("x"))
+
+
+def test_closing_refuses_what_comes_after(local):
+    local.close()
+    local.close()
+    assert local.status().phase is Phase.DRAINING
+    with pytest.raises(Unavailable):
+        local.generate(ask("c"))

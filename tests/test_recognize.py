@@ -1,0 +1,198 @@
+"""The documented route around the backend: permits, errors, request ids, limits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+
+import pytest
+
+from qwenvl_app import create_app
+from qwenvl_app.errors import InternalError
+from qwenvl_app.generation import Phase, Status
+from qwenvl_app.settings import load_settings
+from tests.fakes import FakeBackend
+from tests.wire import END, GOOD, IMAGE, MULTIPART, PROMPT, ROUTE, part, picture
+
+
+def detail(answer) -> str:
+    return json.loads(answer.body)["detail"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "status", "text", "retry"),
+    [
+        (Phase.LOADING, 503, "模型正在加载，请稍后重试。", "10"),
+        (Phase.DRAINING, 503, "服务正在停止，请稍后重试。", "10"),
+        (
+            Phase.FAILED,
+            500,
+            "服务器内部错误: 模型加载失败或已停止工作，请联系管理员。（请求编号 ",
+            None,
+        ),
+    ],
+)
+def test_not_ready(post, client, backend: FakeBackend, phase, status, text, retry):
+    backend.phase = Status(phase, "weights are missing")
+    answer = post(GOOD)
+    assert answer.status == status
+    assert detail(answer).startswith(text)
+    assert answer.headers.get("retry-after") == retry
+    for path in ("/readyz", "/health"):
+        response = client.get(path)
+        assert response.status_code == 503
+        assert response.json["phase"] == phase
+        assert response.json["message"] == "weights are missing"
+        assert response.json["phase_seconds"] >= 0
+    assert client.get("/livez").status_code == 200
+
+
+def test_ready(client):
+    response = client.get("/readyz")
+    assert (response.status_code, response.json["phase"]) == (200, "ready")
+
+
+def test_an_unexpected_error_is_a_fixed_sentence_and_goes_to_the_log_once(post, backend, caplog):
+    """The original answered with str(exception): paths, addresses, library text."""
+    backend.failure = RuntimeError("secret /data/path 0x7f00")
+    answer = post(GOOD)
+    assert answer.status == 500
+    number = answer.headers["x-request-id"]
+    assert (
+        detail(answer)
+        == f"服务器内部错误: 处理请求时发生意外错误，请稍后重试。（请求编号 {number}）"
+    )
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(errors) == 1
+    assert "secret" in str(errors[0].exc_info[1])
+    assert number in errors[0].getMessage()
+
+
+def test_an_error_of_the_engine_keeps_its_sentence(post, backend: FakeBackend):
+    backend.refusal = InternalError("推理时发生错误。")
+    assert detail(post(GOOD)).startswith("服务器内部错误: 推理时发生错误。（请求编号 ")
+
+
+@pytest.mark.parametrize("sent", ["abc-123", "A.b_c-1", "x" * 128])
+def test_a_sane_request_id_is_kept(client, sent):
+    assert client.get("/livez", headers={"X-Request-ID": sent}).headers["X-Request-ID"] == sent
+
+
+@pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "é", "<script>", 'a"b'])
+def test_any_other_request_id_is_replaced(client, sent):
+    answered = client.get("/nope", headers={"X-Request-ID": sent}).headers["X-Request-ID"]
+    assert len(answered) == 32
+    assert answered.isalnum()
+
+
+@pytest.mark.parametrize("length", ["announced", "chunked"])
+def test_a_body_over_the_limit(backend, length):
+    app = create_app(load_settings({}, max_upload_mb=1), backend)
+    body = part("image", b"x" * 2**20, "a.png", "image/png") + PROMPT + END
+    extra = {"wsgi.input_terminated": True} if length == "chunked" else {}
+    response = app.test_client().post(
+        ROUTE, data=body, content_type=MULTIPART, environ_overrides=extra
+    )
+    assert response.status_code == 413
+    assert response.json == {"detail": "上传的内容超过 1 MB 的限制。"}
+
+
+def test_four_permits_are_taken_before_decoding_and_given_back(app, backend: FakeBackend):
+    backend.go.clear()
+    admission = app.extensions["qwenvl"]["admission"]
+    statuses: list[int] = []
+
+    def ask() -> None:
+        response = app.test_client().post(ROUTE, data=GOOD, content_type=MULTIPART)
+        statuses.append(response.status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    _until(lambda: len(backend.requests) == 4 and admission.waiting == 2)
+    assert admission.free == 0
+    # Waiting for a permit costs no decoding: this body would be refused after it.
+    bad = part("image", b"no picture", "a.png", "image/png") + PROMPT + END
+    late = threading.Thread(
+        target=lambda: statuses.append(
+            app.test_client().post(ROUTE, data=bad, content_type=MULTIPART).status_code
+        )
+    )
+    late.start()
+    _until(lambda: admission.waiting == 3)
+    assert statuses == []
+    backend.go.set()
+    for thread in [*threads, late]:
+        thread.join()
+    assert sorted(statuses) == [200] * 6 + [400]
+
+
+@pytest.mark.parametrize("failure", [None, ValueError("boom")])
+def test_a_permit_comes_back_whatever_happens(app, post, backend: FakeBackend, failure):
+    backend.failure = failure
+    for _ in range(10):
+        post(GOOD)
+        post(part("image", b"GIF89a broken", "a.gif", "image/gif") + PROMPT + END)
+    assert app.extensions["qwenvl"]["admission"].free == 4
+
+
+def test_a_full_waiting_room_is_a_503(backend: FakeBackend):
+    app = create_app(load_settings({}, max_concurrency=1, max_waiting=0), backend)
+    backend.go.clear()
+    first = threading.Thread(
+        target=lambda: app.test_client().post(ROUTE, data=GOOD, content_type=MULTIPART)
+    )
+    first.start()
+    _until(lambda: backend.requests)
+    response = app.test_client().post(ROUTE, data=GOOD, content_type=MULTIPART)
+    assert response.status_code == 503
+    assert response.json == {"detail": "服务器繁忙，请稍后重试。"}
+    assert int(response.headers["Retry-After"]) >= 1
+    backend.go.set()
+    first.join()
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "expected"),
+    [
+        (b"", 400, "上传的文件无法作为图片读取，可能已损坏或格式不受支持。"),
+        (b"not a picture", 400, "上传的文件无法作为图片读取，可能已损坏或格式不受支持。"),
+        (picture()[:100], 400, "上传的文件无法作为图片读取，可能已损坏或格式不受支持。"),
+        (
+            picture(size=(900, 1)),
+            400,
+            "图片的长宽比不能超过 200，但收到的图片为 900×1 像素。",
+        ),
+    ],
+    ids=["empty", "no picture", "truncated", "too narrow"],
+)
+def test_bad_pictures(post, backend, data, status, expected):
+    """Each of these was a 500 with the decoder's own message."""
+    answer = post(part("image", data, "a.png", "image/png") + PROMPT + END)
+    assert (answer.status, detail(answer)) == (status, expected)
+    assert backend.requests == []
+
+
+def test_too_many_pixels(backend):
+    app = create_app(load_settings({}, max_image_megapixels=0.5), backend)
+    body = part("image", picture(size=(1000, 501)), "a.png", "image/png") + PROMPT + END
+    response = app.test_client().post(ROUTE, data=body, content_type=MULTIPART)
+    assert response.status_code == 413
+    assert response.json == {"detail": "图片为 1000×501 像素，超过 0.5 百万像素的限制。"}
+
+
+def test_neither_prompt_nor_answer_nor_name_is_logged(post, caplog):
+    caplog.set_level(logging.INFO)
+    body = IMAGE.replace(b"a.png", b"private-name.png") + part("prompt", b"private words") + END
+    post(body)
+    assert "private" not in caplog.text
+    assert "答案" not in caplog.text
+
+
+def _until(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -1,0 +1,191 @@
+"""Who runs in the next step: no model, no thread, milliseconds."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from qwenvl_app.engine.scheduler import Plan, Scheduler
+
+
+@dataclass(eq=False)
+class Job:
+    prompt_length: int = 10
+    limit: int = 10
+    patches: int = 4
+    image_key: bytes | None = None
+    encoded: bool = False
+    computed: int = 0
+
+    @property
+    def reserved(self) -> int:
+        return self.prompt_length + self.limit
+
+
+def scheduler(slots=4, budget=10_000, chunk=16, patches=64, depth=4) -> Scheduler[Job]:
+    return Scheduler(slots, budget, chunk, patches, depth)
+
+
+def carry_out(plan: Plan[Job], depth: int = 4) -> None:
+    if plan.encode and plan.encode.last == depth:
+        for job in plan.encode.jobs:
+            job.encoded = True
+    for job, width in plan.prefill:
+        assert job.encoded
+        assert 0 < width <= job.prompt_length - job.computed
+        job.computed += width
+    for job in plan.decode:
+        assert job.computed >= job.prompt_length
+        job.computed += 1
+
+
+def test_first_come_first_served_up_to_the_slots():
+    s = scheduler(slots=2)
+    jobs = [Job() for _ in range(3)]
+    s.waiting.extend(jobs)
+    assert s.admit() == jobs[:2]
+    assert s.admit() == []
+    s.remove(jobs[0])
+    assert s.admit() == [jobs[2]]
+
+
+def test_short_prompts_share_a_step_from_picture_to_prefill():
+    s = scheduler(chunk=64)
+    jobs = [Job(prompt_length=n) for n in (10, 12, 15)]
+    s.waiting.extend(jobs)
+    s.admit()
+    plan = s.plan()
+    assert plan.encode.jobs == jobs
+    assert (plan.encode.first, plan.encode.last) == (0, 4)
+    assert plan.prefill == [(jobs[0], 10), (jobs[1], 12), (jobs[2], 15)]
+    carry_out(plan)
+    assert s.plan().decode == jobs
+
+
+def test_a_prefill_is_a_rectangle_within_the_chunk():
+    s = scheduler(chunk=32)
+    jobs = [Job(prompt_length=n, encoded=True) for n in (5, 16, 5, 40)]
+    s.waiting.extend(jobs)
+    s.admit()
+    plan = s.plan()
+    assert plan.prefill == [(jobs[0], 5), (jobs[1], 16)]
+    carry_out(plan)
+    assert s.plan().prefill == [(jobs[2], 5)]
+
+
+def test_a_long_prompt_comes_in_chunks_and_the_others_go_on():
+    s = scheduler(chunk=16)
+    short, long = Job(prompt_length=4, encoded=True), Job(prompt_length=40, encoded=True)
+    s.waiting.extend([short, long])
+    s.admit()
+    widths = []
+    for _ in range(4):
+        plan = s.plan()
+        widths += [width for job, width in plan.prefill if job is long]
+        assert not widths or plan.decode[:1] == [short]
+        carry_out(plan)
+    assert widths == [16, 16, 8]
+
+
+def test_a_large_picture_goes_through_the_tower_over_several_steps():
+    s = scheduler(patches=64, depth=4)
+    large, small = Job(patches=128), Job(patches=8)
+    s.waiting.extend([large, small])
+    s.admit()
+    spans = []
+    for _ in range(3):
+        plan = s.plan()
+        spans.append((plan.encode.jobs, plan.encode.first, plan.encode.last))
+        carry_out(plan)
+    assert spans == [([large], 0, 2), ([large], 2, 4), ([small], 0, 4)]
+
+
+def test_one_that_leaves_in_the_middle_of_the_tower_does_not_hold_up_the_rest():
+    s = scheduler(patches=64, depth=4)
+    large, small = Job(patches=128), Job(patches=8)
+    s.waiting.extend([large, small])
+    s.admit()
+    carry_out(s.plan())
+    s.remove(large)
+    plan = s.plan()
+    assert (plan.encode.jobs, plan.encode.first, plan.encode.last) == ([small], 0, 4)
+
+
+def test_nobody_is_overtaken_for_ever():
+    """A row moved into a hole came before older ones: a large request never got its turn."""
+    s = scheduler(slots=6, chunk=16, patches=16)
+    s.waiting.extend(Job() for _ in range(5))
+    large = Job(prompt_length=48, patches=32)
+    s.waiting.append(large)
+    for _ in range(40):
+        s.admit()
+        carry_out(s.plan())
+        if large.computed >= 48:
+            return
+        for job in [job for job in s.rows if job.computed > job.prompt_length]:
+            s.remove(job)
+            s.waiting.append(Job())
+    raise AssertionError(f"{large.computed} of 48 after 40 steps")
+
+
+def test_rows_have_no_holes():
+    s = scheduler()
+    a, b, c, d = jobs = [Job(encoded=True) for _ in range(4)]
+    s.waiting.extend(jobs)
+    s.admit()
+    assert s.remove(b) == (3, 1)
+    assert s.rows == [a, d, c]
+    assert s.remove(c) is None
+    assert s.remove(a) == (1, 0)
+    assert s.rows == [d]
+
+
+def test_the_rectangle_stays_within_the_budget():
+    s = scheduler(budget=100)
+    jobs = [Job(20, 10), Job(20, 10), Job(20, 30), Job(5, 5)]
+    s.waiting.extend(jobs)
+    assert s.admit() == jobs[:2]  # the third would make it 3 rows of 50
+    s.remove(jobs[0])
+    assert s.admit() == [jobs[2]]
+    assert s.admit() == []  # 3 rows of 50 again: nobody overtakes
+
+
+def test_a_question_about_a_picture_that_is_just_being_looked_at_waits_a_moment():
+    s = scheduler(chunk=64)
+    first, second, other = Job(image_key=b"x"), Job(image_key=b"x"), Job(image_key=b"y")
+    s.waiting.extend([first, second, other])
+    assert s.admit() == [first]
+    carry_out(s.plan())
+    assert s.admit() == [second, other]
+
+
+def test_whatever_comes_and_goes_everybody_ends():
+    rng = random.Random(1)
+    for _ in range(50):
+        depth = rng.randint(1, 5)
+        s = scheduler(rng.randint(1, 8), 400, rng.randint(1, 40), rng.randint(1, 80), depth)
+        todo = [
+            Job(
+                rng.randint(2, 60),
+                rng.randint(1, 30),
+                rng.randint(1, 200),
+                rng.choice((None, b"a", b"b")),
+            )
+            for _ in range(40)
+        ]
+        ended = 0
+        for _step in range(5000):
+            if todo and rng.random() < 0.3:
+                s.waiting.append(todo.pop())
+            s.admit()
+            assert len(s.rows) <= s.slots
+            assert len(s.rows) * max((j.reserved for j in s.rows), default=0) <= 400
+            carry_out(s.plan(), depth)
+            for job in [*s.rows, *s.waiting]:
+                if job.computed >= job.reserved or rng.random() < 0.002:
+                    s.remove(job)
+                    ended += 1
+            if ended == 40:
+                break
+        assert ended == 40
+        assert not s.rows
