@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 
 import pytest
@@ -127,7 +126,7 @@ def test_one_seed_gives_one_text_at_any_load(wild):
     with running(wild, slots=8) as engine:
         alone = [finish(engine.submit(asked(seed))) for seed in range(4)]
         together = [
-            engine.submit(asked(seed % 4 if n % 2 else None)) for n, seed in enumerate(range(16))
+            engine.submit(asked(number % 4 if number % 2 else None)) for number in range(16)
         ]
         texts = [finish(sequence) for sequence in together]
     for number, text in enumerate(texts):
@@ -139,7 +138,7 @@ def test_one_seed_gives_one_text_at_any_load(wild):
 
 def test_default_config_of_the_big_model_samples():
     config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
-    sampler = Sampler(SamplingParams(), copy.deepcopy(config), [0], CPU)
+    sampler = Sampler(SamplingParams(), config, [0], CPU)
     assert not sampler.is_argmax
     assert [type(step).__name__ for step in sampler._steps] == [
         "TemperatureLogitsWarper",

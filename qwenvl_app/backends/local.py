@@ -30,7 +30,7 @@ class LocalBackend:
     def status(self) -> Status:
         """See ``backends.Backend``."""
         if (engine := self._engine) is not None and (failure := engine.failure):
-            return Status(Phase.FAILED, failure.message, failure.since)
+            return failure
         return self._status
 
     def generate(self, request: GenerationRequest) -> Generation:

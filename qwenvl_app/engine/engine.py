@@ -68,7 +68,7 @@ class Engine:
         )
         self.prefixes = PrefixCache(options.prefix_cache_bytes)
         self._executor = Executor(self._runner, self.prefixes)
-        self._salt = repr(sorted(loaded.image_processor.to_dict().items(), key=lambda kv: kv[0]))
+        self._salt = repr(sorted(loaded.image_processor.to_dict().items()))
         ends = loaded.model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends])
         self._inbox: deque[Sequence] = deque()
@@ -251,7 +251,7 @@ class Engine:
             sequence.finish(Unavailable.exhausted() if exhausted else InternalError(FAILED))
         self._failures += not exhausted
         if fatal or self._failures >= _MAX_FAILURES:
-            self._give_up(f"the model fails again and again ({type(error).__name__})")
+            self._give_up(f"the model fails ({type(error).__name__})")
             return
         self._executor.reset()
         if exhausted:

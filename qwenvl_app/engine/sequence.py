@@ -50,8 +50,8 @@ class Inputs:
 class Sequence:
     """State of one request, and the way of its tokens back to the thread that asked.
 
-    The engine's thread alone writes ``slot`` to ``timings``; ``cancel`` may be called on any
-    thread; iterating is for the thread that asked.
+    Once submitted, the engine's thread alone changes it; but ``cancel`` may be called on any
+    thread, and iterating is for the thread that asked.
     """
 
     def __init__(
