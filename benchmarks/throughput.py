@@ -72,8 +72,6 @@ def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
 def long_answers(folder: Path, blocks: int, report: dict[str, float]) -> None:
     """256 new tokens about a small picture of its own."""
     checkpoint = folder / "checkpoint"
-    checkpoint.mkdir()
-    write_checkpoint(checkpoint)
     rng = random.Random(0)
     options = {
         "QWENVL_MODEL": str(checkpoint),
@@ -183,6 +181,9 @@ def same_picture(folder: Path, blocks: int, report: dict[str, float]) -> None:
     report["the first question's time to first token, ms"] = statistics.median(spent[0]) * 1000
 
 
+PARTS = {"long": long_answers, "short": short_answers, "same": same_picture}
+
+
 def draw(report: dict[str, float], target: Path) -> None:
     """The rates as bars."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
@@ -207,17 +208,21 @@ def main() -> None:
     """Measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--only", choices=PARTS, help="one part, no plot")
     parser.add_argument("--plot", type=Path, default=Path("benchmarks/throughput.png"))
     arguments = parser.parse_args()
     report: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
         for part in ("ours-long", "original-long", "ours-short", "original-short", "same"):
             (folder / part).mkdir()
-        long_answers(folder, arguments.blocks, report)
-        short_answers(folder, arguments.blocks, report)
-        same_picture(folder, arguments.blocks, report)
-    draw(report, arguments.plot)
+        (folder / "checkpoint").mkdir()
+        write_checkpoint(folder / "checkpoint")
+        for name, measure in PARTS.items():
+            if arguments.only in (None, name):
+                measure(folder, arguments.blocks, report)
+    if arguments.only is None:
+        draw(report, arguments.plot)
     print(json.dumps({key: round(value, 2) for key, value in report.items()}, indent=1))
 
 

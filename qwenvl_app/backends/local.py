@@ -53,16 +53,18 @@ class LocalBackend:
     def _start(self) -> Engine:
         # Not at the top: importing torch and transformers takes seconds, in which /livez is to
         # answer already.
+        from qwenvl_app.engine import cpu, model
         from qwenvl_app.engine import engine as engines
-        from qwenvl_app.engine import model
 
         settings = self._settings
+        cpu.use_threads(settings.cpu_threads)
         loaded = model.load(
             settings.model,
             device=settings.device,
             dtype=settings.dtype,
             attention=settings.attention,
         )
+        cpu.pack(loaded.model)
         options = engines.EngineOptions(
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,

@@ -26,7 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from qwenvl_app.engine.checkpoint import check, find
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
-from qwenvl_app.engine.vision import Encoding
+from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.prompts import IMAGE_PAD, PromptBuilder
 
@@ -159,7 +159,7 @@ class Runner:
 
     def __init__(self, model: Any):
         self._model, self._text = model, model.model.language_model
-        self.visual = model.model.visual
+        self._tower = Tower(model.model.visual)
         config = model.config.text_config
         heads: int = config.num_key_value_heads
         self.layout = Layout(
@@ -176,8 +176,8 @@ class Runner:
         # The eager attention adds its mask; all others take True and False.
         self._adds_mask = self._text.config._attn_implementation == "eager"
         self.max_length: int = config.max_position_embeddings
-        self.depth = len(self.visual.blocks)
-        self.merge: int = self.visual.spatial_merge_size
+        self.depth = len(self._tower.visual.blocks)
+        self.merge: int = self._tower.merge
         self._device = self._text.embed_tokens.weight.device
 
     @property
@@ -188,7 +188,7 @@ class Runner:
 
     def encode(self, sequences: list[Sequence]) -> Encoding:
         """Begin the vision tower's work on the pictures of ``sequences``."""
-        return Encoding(self.visual, sequences)
+        return Encoding(self._tower, sequences)
 
     def prefill(
         self, cache: SlotCache, sequences: list[Sequence], rows: Many[int], widths: Many[int]

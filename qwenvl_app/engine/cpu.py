@@ -1,0 +1,59 @@
+"""What a CPU needs to be quick: weights laid out once, and one core for others.
+
+The usual product of a few rows with a weight lays the weight out anew in every call, which takes
+longer than the product itself. oneDNN does that once, at load, with the calls that torch.compile
+makes for a frozen model (torch/_inductor/mkldnn_lowerings.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_CORES = torch.get_num_threads()  # as torch found them: affinity and OMP_NUM_THREADS counted in
+# Rows that the layout is chosen for. Any number of rows may come; measured with 1 to 512, a layout
+# for 64 was never behind one for fewer.
+_ROWS = 64
+# Elements below which the plain product, whose every call costs less, is no slower.
+_LEAST = 2**17
+
+
+class PackedLinear(nn.Module):
+    """``nn.Linear`` in float32 on a CPU, for inference. ``weight`` is opaque: it can't be read."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(
+            linear.weight.detach(), _ROWS
+        )
+        self.bias = linear.bias
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` (..., in) to (..., out)."""
+        y: torch.Tensor = self._multiply(x, self.weight, self.bias, "none", [], "")
+        return y
+
+
+def use_threads(count: int) -> None:
+    """Threads of one product, 0 for all cores but one. For threads that have not used torch yet."""
+    torch.set_num_threads(count or max(1, _CORES - 1))
+
+
+def pack(model: nn.Module) -> None:
+    """Replace the large linear layers of ``model`` that are in float32 on a CPU; others stay.
+
+    Memory is taken for one layer at a time, unless a weight is shared (the embeddings').
+    """
+    if not torch._C._has_mkldnn:
+        return
+    with torch.inference_mode():
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear and _fits(child.weight):
+                    setattr(parent, name, PackedLinear(child))
+
+
+def _fits(weight: torch.Tensor) -> bool:
+    plain = weight.device.type == "cpu" and weight.dtype is torch.float32
+    return plain and weight.numel() >= _LEAST

@@ -1,0 +1,54 @@
+"""Packed weights change how fast an answer comes, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from qwenvl_app.engine import cpu
+from qwenvl_app.engine.model import load
+from tests.engines import agrees, finish, generate, random_request, running, spread
+
+
+@pytest.mark.parametrize("shape", [(1, 512), (4, 1, 512), (2, 300, 512)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_is_the_layer(shape, bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 768, bias=bias))
+    plain = copy.deepcopy(model)
+    cpu.pack(model)
+    assert isinstance(model[0], cpu.PackedLinear)
+    x = torch.randn(shape)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), plain(x), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_gains_nothing_stays(dtype):
+    size = 64 if dtype is torch.float32 else 512
+    model = nn.Sequential(nn.Linear(size, size, dtype=dtype))
+    cpu.pack(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_packed_tokens_are_those_of_generate_on_the_plain_model(monkeypatch):
+    monkeypatch.setattr(cpu, "_LEAST", 0)  # every layer of the small test model too
+    wild = spread(load("demo"))
+    rng = random.Random(7)
+    asked = [(each, generate(wild, each)) for each in (random_request(rng) for _ in range(16))]
+    packed = dataclasses.replace(wild, model=copy.deepcopy(wild.model))
+    cpu.pack(packed.model)
+    assert isinstance(packed.model.model.language_model.layers[0].mlp.up_proj, cpu.PackedLinear)
+    assert isinstance(packed.model.lm_head, cpu.PackedLinear)
+    with running(packed) as engine:
+        pairs = [(engine.submit(each), solo) for each, solo in asked]
+        for sequence, _ in pairs:
+            finish(sequence)
+    verdicts = [agrees(sequence, solo) for sequence, solo in pairs]
+    assert False not in verdicts
+    assert verdicts.count(None) <= 1
