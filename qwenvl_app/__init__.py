@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from flask import Flask
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from qwenvl_app.admission import Admission
 from qwenvl_app.backends import Backend, build
+from qwenvl_app.metrics import Metrics
 from qwenvl_app.settings import Settings, load_settings
-from qwenvl_app.web import errors, ops, recognize, request_id
+from qwenvl_app.web import accounts, errors, ops, recognize, request_id
 from qwenvl_app.web.responses import ContractJSON
 
 
@@ -23,8 +25,12 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     app.json = ContractJSON(app)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_upload_mb * 2**20
     app.extensions["qwenvl"] = {"backend": backend, "admission": admission}
+    if hops := settings.trusted_hops:
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
+    metrics = Metrics(admission, backend.status, backend.stats)
+    accounts.register(app, metrics)
     request_id.register(app)
     errors.register(app)
     app.register_blueprint(recognize.blueprint(settings, backend, admission))
-    app.register_blueprint(ops.blueprint(backend))
+    app.register_blueprint(ops.blueprint(backend, metrics))
     return app

@@ -44,6 +44,8 @@ class Settings(BaseModel):
     prefix_cache_mb: int = Field(ge=0)
     max_upload_mb: int = Field(ge=1, le=1024)
     max_image_megapixels: float = Field(gt=0, le=500, allow_inf_nan=False)
+    log_format: Literal["text", "json"]
+    trusted_hops: int = Field(ge=0, le=16)
 
 
 def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:

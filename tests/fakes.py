@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from qwenvl_app.errors import ServiceError
 from qwenvl_app.generation import (
+    BackendStats,
     Delta,
     FinishReason,
     GenerationRequest,
@@ -50,6 +51,9 @@ class FakeBackend:
 
     def status(self) -> Status:
         return self.phase
+
+    def stats(self) -> BackendStats:
+        return BackendStats()
 
     def generate(self, request: GenerationRequest) -> FakeGeneration:
         if self.refusal:

@@ -20,8 +20,25 @@ LAYERS = [
     (4, ("qwenvl_app.web",)),
     (3, ("qwenvl_app.backends",)),
     (2, ("qwenvl_app.engine",)),
-    (1, ("qwenvl_app.images", "qwenvl_app.prompts", "qwenvl_app.admission")),
-    (0, ("qwenvl_app.settings", "qwenvl_app.errors", "qwenvl_app.generation")),
+    (
+        1,
+        (
+            "qwenvl_app.images",
+            "qwenvl_app.prompts",
+            "qwenvl_app.admission",
+            "qwenvl_app.metrics",
+        ),
+    ),
+    (
+        0,
+        (
+            "qwenvl_app.settings",
+            "qwenvl_app.errors",
+            "qwenvl_app.generation",
+            "qwenvl_app.record",
+            "qwenvl_app.logs",
+        ),
+    ),
 ]
 
 

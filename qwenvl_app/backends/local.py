@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qwenvl_app.backends import Generation, require_ready
 from qwenvl_app.errors import ModelLoadError, Unavailable
-from qwenvl_app.generation import GenerationRequest, Phase, Status
+from qwenvl_app.generation import BackendStats, GenerationRequest, Phase, Status
 from qwenvl_app.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ class LocalBackend:
         if (engine := self._engine) is not None and (failure := engine.failure):
             return failure
         return self._status
+
+    def stats(self) -> BackendStats:
+        """See ``backends.Backend``."""
+        engine = self._engine
+        return engine.stats() if engine else BackendStats()
 
     def generate(self, request: GenerationRequest) -> Generation:
         """See ``backends.Backend``."""

@@ -8,6 +8,7 @@ keep ``rope_deltas``, the state of one request, on an object that all share (tra
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,17 @@ def free_memory(loaded: LoadedModel) -> int:
     if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
         available = min(available, int(most) - int(used.read_text(encoding="ascii")))
     return max(0, available)
+
+
+def gpu_memory(devices: Iterable[torch.device]) -> dict[tuple[int, str], int]:
+    """Bytes by (GPU, kind). From torch's own books: a GPU that hangs can't stop this."""
+    sizes = {}
+    for device in {device for device in devices if device.type == "cuda"}:
+        index = device.index or 0
+        sizes[index, "allocated"] = torch.cuda.memory_allocated(device)
+        sizes[index, "reserved"] = torch.cuda.memory_reserved(device)
+        sizes[index, "total"] = torch.cuda.get_device_properties(device).total_memory
+    return sizes
 
 
 def grid_of(loaded: LoadedModel, image: Image) -> tuple[int, int, int]:

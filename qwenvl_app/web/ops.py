@@ -1,4 +1,4 @@
-"""``/livez``, ``/readyz`` and ``/health``: for whoever watches the service."""
+"""``/livez``, ``/readyz``, ``/health`` and ``/metrics``: for whoever watches the service."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from flask import Blueprint, Response, jsonify
 
 from qwenvl_app.backends import Backend
 from qwenvl_app.generation import Phase
+from qwenvl_app.metrics import CONTENT_TYPE, Metrics
 
 
-def blueprint(backend: Backend) -> Blueprint:
-    """The routes, bound to the backend whose state they tell."""
+def blueprint(backend: Backend, metrics: Metrics) -> Blueprint:
+    """The routes, bound to what they tell of."""
     routes = Blueprint("ops", __name__)
 
     @routes.get("/livez", provide_automatic_options=False)
@@ -27,5 +28,10 @@ def blueprint(backend: Backend) -> Blueprint:
         )
         response.status_code = 200 if status.phase is Phase.READY else 503
         return response
+
+    @routes.get("/metrics", provide_automatic_options=False)
+    def scrape() -> Response:
+        """Prometheus' text format."""
+        return Response(metrics.render(), content_type=CONTENT_TYPE)
 
     return routes
