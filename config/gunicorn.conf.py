@@ -9,7 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qwenvl_app import logs
+from gunicorn.systemd import sd_notify
+
+from qwenvl_app import logs, notify
 from qwenvl_app.settings import SettingsError, load_settings
 
 try:
@@ -39,6 +41,21 @@ control_socket_disable = True
 # The application logs each request itself, with what only it knows (web/access_log.py).
 accesslog = None
 logconfig_dict = logs.config(_settings.log_format)
+
+
+# gunicorn tells systemd READY before its worker has loaded anything. So the socket's name is put
+# away, under a name that outlives a reload, and the worker tells when it is: qwenvl_app/notify.py.
+_NOTIFY, _PUT_AWAY = "NOTIFY_SOCKET", "WORKER_NOTIFY_SOCKET"
+if _NOTIFY in os.environ:
+    os.environ[_PUT_AWAY] = os.environ.pop(_NOTIFY)
+
+
+def post_worker_init(worker):
+    """Begin to tell systemd how it goes, if it listens."""
+    if address := os.environ.get(_PUT_AWAY):
+        os.environ[_NOTIFY] = address
+        status = worker.wsgi.extensions["qwenvl"]["status"]
+        notify.start(status, lambda message: sd_notify(message, worker.log))
 
 
 def worker_exit(server, worker):

@@ -16,7 +16,8 @@ from qwenvl_app.web.responses import ContractJSON
 def create_app(settings: Settings | None = None, backend: Backend | None = None) -> Flask:
     """Wire the application. Without ``backend`` the settings' own is built and starts loading.
 
-    Raises SettingsError. ``app.extensions["qwenvl"]`` holds the backend and the admission.
+    Raises SettingsError. ``app.extensions["qwenvl"]`` holds the backend, the admission and
+    ``status``, a function.
     """
     settings = settings or load_settings()
     backend = backend or build(settings)
@@ -24,7 +25,11 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     app = Flask(__name__, static_folder=None)
     app.json = ContractJSON(app)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_upload_mb * 2**20
-    app.extensions["qwenvl"] = {"backend": backend, "admission": admission}
+    app.extensions["qwenvl"] = {
+        "backend": backend,
+        "admission": admission,
+        "status": backend.status,
+    }
     if hops := settings.trusted_hops:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
     metrics = Metrics(admission, backend.status, backend.stats)

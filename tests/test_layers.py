@@ -37,6 +37,7 @@ LAYERS = [
             "qwenvl_app.generation",
             "qwenvl_app.record",
             "qwenvl_app.logs",
+            "qwenvl_app.notify",
         ),
     ),
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from qwenvl_app.backends import Generation, require_ready
@@ -16,15 +18,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LINES_APART_S = 5
+
 
 class LocalBackend:
     """See ``backends.Backend``."""
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self._status = Status(Phase.LOADING, "the model is being loaded")
+        self._status = Status(Phase.LOADING, "loading the libraries")
         self._engine: Engine | None = None
         self._lock = threading.Lock()
+        self._next_line = 0.0
         threading.Thread(target=self._load, name="loader", daemon=True).start()
 
     def status(self) -> Status:
@@ -68,6 +73,7 @@ class LocalBackend:
             device=settings.device,
             dtype=settings.dtype,
             attention=settings.attention,
+            say=self._say,
         )
         cpu.pack(loaded.model)
         options = engines.EngineOptions(
@@ -78,6 +84,15 @@ class LocalBackend:
             prefill_chunk=settings.prefill_chunk,
         )
         return engines.Engine(loaded, options)
+
+    def _say(self, message: str) -> None:
+        """Tell how far the loading is: in the status at once, in the log now and then."""
+        with self._lock:
+            if self._status.phase is Phase.LOADING:
+                self._status = dataclasses.replace(self._status, message=message)
+        if (now := time.monotonic()) >= self._next_line:
+            self._next_line = now + _LINES_APART_S
+            log.info("%s", message)
 
     def _load(self) -> None:
         engine: Engine | None = None

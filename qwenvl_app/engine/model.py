@@ -8,7 +8,7 @@ keep ``rope_deltas``, the state of one request, on an object that all share (tra
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from qwenvl_app.engine import progress
 from qwenvl_app.engine.checkpoint import check, find
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
@@ -48,28 +49,36 @@ class LoadedModel:
 
 
 def load(
-    name: str, *, device: str = "auto", dtype: str = "auto", attention: str = "auto"
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "auto",
+    say: Callable[[str], None] = lambda _message: None,
 ) -> LoadedModel:
     """Load ``name``: ``demo``, a directory, or a ModelScope id. Takes seconds to minutes.
 
     By default as the service being replaced: ``dtype="auto"``, ``device_map="auto"`` through
-    accelerate, and the checkpoint's own ``generation_config``. Raises ModelLoadError.
+    accelerate, and the checkpoint's own ``generation_config``. ``say`` is told, often, how far it
+    is. Raises ModelLoadError.
     """
+    say("looking for the checkpoint")
     directory = find(name)
     log.info("loading the model from %s", directory)
     template = check(directory)
     # Typed as Any: transformers' own annotations know neither the report nor the auto classes.
     auto: Any = AutoImageProcessor
     family: Any = Qwen3VLForConditionalGeneration
-    model, report = family.from_pretrained(
-        directory,
-        dtype=dtype,
-        device_map=device,
-        attn_implementation=None if attention == "auto" else attention,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    with progress.told(say):
+        model, report = family.from_pretrained(
+            directory,
+            dtype=dtype,
+            device_map=device,
+            attn_implementation=None if attention == "auto" else attention,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     if missing := sorted(report["missing_keys"]):  # they would be filled with random numbers
         raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
     control, text = (
