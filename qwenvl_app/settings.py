@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PREFIX = "QWENVL_"
 FILE_VARIABLE = PREFIX + "CONFIG"
+SECRETS = frozenset(("api_keys",))  # never in a message
 DEFAULTS = Path(__file__).resolve().parent.parent / "config" / "default.toml"
 
 
@@ -53,6 +54,13 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
 
     Raises SettingsError.
     """
+    return explain(environ, **overrides)[0]
+
+
+def explain(
+    environ: Mapping[str, str] | None = None, **overrides: Any
+) -> tuple[Settings, dict[str, str]]:
+    """As ``load_settings``, and where the value of each key came from."""
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -63,6 +71,8 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
                 near = difflib.get_close_matches(key, Settings.model_fields, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
                 raise SettingsError(f"unknown setting '{key}' ({source}){hint}")
+            if isinstance(value, bool):  # pydantic would read true as 1
+                raise SettingsError(f"setting '{key}' ({source}): no key is true or false")
             values[key], origins[key] = value, source
 
     take("config/default.toml", _read(DEFAULTS))
@@ -78,7 +88,7 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
     )
     take("overrides", overrides)
     try:
-        return Settings.model_validate(values)
+        return Settings.model_validate(values), origins
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])

@@ -79,7 +79,8 @@ class LocalBackend:
         options = engines.EngineOptions(
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,
-            kv_cache_bytes=settings.kv_cache_mb * 2**20 or model.free_memory(loaded) // 2,
+            kv_cache_bytes=settings.kv_cache_mb * 2**20
+            or model.free_memory(loaded.model.device) // 2,
             prefix_cache_bytes=settings.prefix_cache_mb * 2**20,
             prefill_chunk=settings.prefill_chunk,
         )

@@ -95,9 +95,8 @@ def load(
     return LoadedModel(model.eval(), processor, control, prompts)
 
 
-def free_memory(loaded: LoadedModel) -> int:
-    """Bytes that are free where the model is: on its first GPU, else in the machine."""
-    device = loaded.model.device
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on ``device``: a GPU, or else the machine, as its cgroup has it."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
