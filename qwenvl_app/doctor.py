@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from qwenvl_app.engine import checkpoint, footprint, model
+from qwenvl_app.engine import checkpoint, footprint
+from qwenvl_app.engine.memory import free_memory
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.settings import Settings
 
@@ -114,12 +115,12 @@ def _no_gpu() -> str:
 
 def _memory(settings: Settings, need: footprint.Footprint) -> Iterator[Finding]:
     gpus = _gpus(settings)
-    host = model.free_memory(torch.device("cpu"))
+    host = free_memory(torch.device("cpu"))
     pictures = settings.max_concurrency * settings.max_image_megapixels * 1e6 * _BYTES_A_PIXEL
     if not gpus:
         yield _fits("memory", settings, need, host - _BASE - int(pictures))
         return
-    yield _fits("GPU memory", settings, need, sum(map(model.free_memory, gpus)) - _BASE)
+    yield _fits("GPU memory", settings, need, sum(map(free_memory, gpus)) - _BASE)
     text = f"{_gib(host)} free, up to {_gib(_BASE + pictures)} wanted for libraries and pictures"
     if host >= _BASE + pictures:
         yield Finding(Level.OK, "host memory", text)

@@ -63,7 +63,7 @@ class LocalBackend:
     def _start(self) -> Engine:
         # Not at the top: importing torch and transformers takes seconds, in which /livez is to
         # answer already.
-        from qwenvl_app.engine import cpu, model
+        from qwenvl_app.engine import cpu, memory, model
         from qwenvl_app.engine import engine as engines
 
         settings = self._settings
@@ -80,7 +80,7 @@ class LocalBackend:
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,
             kv_cache_bytes=settings.kv_cache_mb * 2**20
-            or model.free_memory(loaded.model.device) // 2,
+            or memory.free_memory(loaded.model.device) // 2,
             prefix_cache_bytes=settings.prefix_cache_mb * 2**20,
             prefill_chunk=settings.prefill_chunk,
         )

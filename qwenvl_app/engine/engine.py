@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from qwenvl_app.engine.executor import FAILED, Executor, Outcome
-from qwenvl_app.engine.model import LoadedModel, Runner, gpu_memory, patches, prepare
+from qwenvl_app.engine.memory import gpu_memory
+from qwenvl_app.engine.model import LoadedModel, Runner, patches, prepare
 from qwenvl_app.engine.prefix_cache import PrefixCache, image_key
 from qwenvl_app.engine.sampling import Sampler, repeats_itself
 from qwenvl_app.engine.scheduler import Plan, Scheduler

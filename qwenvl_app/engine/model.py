@@ -8,13 +8,11 @@ keep ``rope_deltas``, the state of one request, on an object that all share (tra
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from transformers import (
     AutoImageProcessor,
@@ -93,29 +91,6 @@ def load(
     processor = auto.from_pretrained(directory, local_files_only=True)
     prompts = PromptBuilder(control, text, template, processor.merge_size)
     return LoadedModel(model.eval(), processor, control, prompts)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on ``device``: a GPU, or else the machine, as its cgroup has it."""
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    available: int = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
-        available = min(available, int(most) - int(used.read_text(encoding="ascii")))
-    return max(0, available)
-
-
-def gpu_memory(devices: Iterable[torch.device]) -> dict[tuple[int, str], int]:
-    """Bytes by (GPU, kind). From torch's own books: a GPU that hangs can't stop this."""
-    sizes = {}
-    for device in {device for device in devices if device.type == "cuda"}:
-        index = device.index or 0
-        sizes[index, "allocated"] = torch.cuda.memory_allocated(device)
-        sizes[index, "reserved"] = torch.cuda.memory_reserved(device)
-        sizes[index, "total"] = torch.cuda.get_device_properties(device).total_memory
-    return sizes
 
 
 def grid_of(loaded: LoadedModel, image: Image) -> tuple[int, int, int]:
