@@ -34,7 +34,7 @@ timeout = 60
 graceful_timeout = 60
 keepalive = 5
 # The heartbeat's file: in memory, so that a slow disk can't look like a dead worker.
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
 # Its socket would be made in the home directory, which a service account may not have.
 control_socket_disable = True
 

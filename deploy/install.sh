@@ -5,6 +5,7 @@
 # the one that runs, so that rolling back is pointing it at another: see docs/operating.md. It starts
 # nothing: the model is yours to choose first.
 set -euo pipefail
+umask 022
 cd "$(dirname "$0")/.."
 
 NAME=qwen_vl_api
