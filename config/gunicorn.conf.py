@@ -54,7 +54,7 @@ def post_worker_init(worker):
     """Begin to tell systemd how it goes, if it listens."""
     if address := os.environ.get(_PUT_AWAY):
         os.environ[_NOTIFY] = address
-        status = worker.wsgi.extensions["qwenvl"]["status"]
+        status = worker.app.callable.extensions["qwenvl"]["status"]
         notify.start(status, lambda message: sd_notify(message, worker.log))
 
 
