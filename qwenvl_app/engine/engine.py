@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from qwenvl_app.engine.executor import FAILED, Executor, Outcome
-from qwenvl_app.engine.model import LoadedModel, Runner, patches, prepare
+from qwenvl_app.engine.model import LoadedModel, Runner, prepare
 from qwenvl_app.engine.prefix_cache import PrefixCache, image_key
 from qwenvl_app.engine.sampling import Sampler, repeats_itself
 from qwenvl_app.engine.scheduler import Plan, Scheduler
@@ -138,7 +138,7 @@ class Engine:
             inputs.image_key = image_key(request.image, self._salt)
             prefix = self.prefixes.get(inputs.image_key)
         if prefix is None:
-            inputs.pixels = patches(loaded, request.image)
+            inputs.pixels = loaded.patcher.patches(request.image)
         most = self._options.max_new_tokens
         limit = min(sampling.max_new_tokens or most, most, room)
         sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)

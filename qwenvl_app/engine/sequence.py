@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenvl_app.engine.detokenizer import Detokenizer, StopStrings
+from qwenvl_app.engine.pixels import Grid
 from qwenvl_app.engine.prefix_cache import Prefix
 from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.errors import ServiceError
@@ -41,9 +42,9 @@ class Inputs:
 
     ids: list[int]
     positions: torch.Tensor  # (3, tokens): temporal, vertical, horizontal
-    grid: tuple[int, int, int]  # patches: time, rows, columns
+    grid: Grid
     image_tokens: range  # the places in ``ids`` that the picture's features go to
-    pixels: torch.Tensor | None = None  # see ``model.patches``; not needed for a known picture
+    pixels: torch.Tensor | None = None  # see ``pixels.Patcher``; not needed for a known picture
     image_key: bytes | None = None
 
 
