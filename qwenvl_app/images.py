@@ -8,6 +8,7 @@ that way, and a profile is one more parser for hostile input.
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 
 import numpy as np
@@ -39,6 +40,8 @@ pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_image
 # Pillow warns of odd files in words that depend on them, and Python keeps every text it has shown:
 # a line in the log for each file, and memory that is never given back.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+# It logs an error for some broken files, too; what a client sends is none of the service's.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def decode_image(data: bytes, *, max_megapixels: float) -> Image.Image:
@@ -88,7 +91,8 @@ def _check_size(width: int, height: int, max_megapixels: float) -> None:
 def _orientation(exif: bytes | None) -> int:
     """As EXIF has it, 1 to 8; what can't be read counts as 1, upright, as in a viewer.
 
-    TIFF and HEIC come upright from their decoders. ``ImageOps.exif_transpose`` would copy an image
+    TIFF and HEIC come upright from their decoders. Copies of it in XMP or in a text chunk do not
+    count: browsers ignore them. ``ImageOps.exif_transpose`` would copy an image
     that is upright, and write the EXIF of one that is not anew.
     """
     if not exif or len(exif) > _MAX_EXIF:
