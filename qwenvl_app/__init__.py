@@ -22,6 +22,8 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     app = Flask(__name__, static_folder=None)
     app.json = ContractJSON(app)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_upload_mb * 2**20
+    app.config["MAX_FORM_PARTS"] = settings.max_parts
+    app.config["MAX_FORM_MEMORY_SIZE"] = settings.max_field_kb * 2**10
     app.extensions["qwenvl"] = {"backend": backend, "admission": admission}
     request_id.register(app)
     errors.register(app)

@@ -43,7 +43,9 @@ class Settings(BaseModel):
     kv_cache_mb: int = Field(ge=0)
     prefix_cache_mb: int = Field(ge=0)
     max_upload_mb: int = Field(ge=1, le=1024)
-    max_image_megapixels: float = Field(gt=0, le=500, allow_inf_nan=False)
+    max_image_megapixels: float = Field(gt=0, le=178, allow_inf_nan=False)
+    max_parts: int = Field(ge=2)
+    max_field_kb: int = Field(ge=1)
 
 
 def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:

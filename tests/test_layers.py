@@ -20,7 +20,15 @@ LAYERS = [
     (4, ("qwenvl_app.web",)),
     (3, ("qwenvl_app.backends",)),
     (2, ("qwenvl_app.engine",)),
-    (1, ("qwenvl_app.images", "qwenvl_app.prompts", "qwenvl_app.admission")),
+    (
+        1,
+        (
+            "qwenvl_app.images",
+            "qwenvl_app.image_structure",
+            "qwenvl_app.prompts",
+            "qwenvl_app.admission",
+        ),
+    ),
     (0, ("qwenvl_app.settings", "qwenvl_app.errors", "qwenvl_app.generation")),
 ]
 
