@@ -71,5 +71,14 @@ class DeadlineExceeded(ServiceError):
         super().__init__("请求处理超时，请稍后重试。")
 
 
+class ClientGone(ServiceError):
+    """The client closed its connection. Nobody reads the answer: the status, nginx's, is logged."""
+
+    status = 499
+
+    def __init__(self) -> None:
+        super().__init__("Client Closed Request")
+
+
 class ModelLoadError(Exception):
     """The model can't be loaded. The message is for the operator and names no directory."""

@@ -35,7 +35,8 @@ class Settings(BaseModel):
     attention: Literal["auto", "sdpa", "eager"]
     max_concurrency: int = Field(ge=1, le=256)
     max_waiting: int = Field(ge=0, le=4096)
-    queue_timeout_s: float = Field(ge=0, allow_inf_nan=False)
+    queue_timeout_s: float = Field(ge=0, le=86_400, allow_inf_nan=False)
+    request_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
     max_new_tokens: int = Field(ge=1)
     repetition_limit: int = Field(ge=0)
     prefill_chunk: int = Field(ge=1)

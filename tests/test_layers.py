@@ -21,7 +21,7 @@ LAYERS = [
     (3, ("qwenvl_app.backends",)),
     (2, ("qwenvl_app.engine",)),
     (1, ("qwenvl_app.images", "qwenvl_app.prompts", "qwenvl_app.admission")),
-    (0, ("qwenvl_app.settings", "qwenvl_app.errors", "qwenvl_app.generation")),
+    (0, ("qwenvl_app.settings", "qwenvl_app.errors", "qwenvl_app.generation", "qwenvl_app.caller")),
 ]
 
 
