@@ -37,6 +37,7 @@ class Settings(BaseModel):
     max_waiting: int = Field(ge=0, le=4096)
     queue_timeout_s: float = Field(ge=0, le=86_400, allow_inf_nan=False)
     request_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
+    stall_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
     max_new_tokens: int = Field(ge=1)
     repetition_limit: int = Field(ge=0)
     prefill_chunk: int = Field(ge=1)

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _MAX_FAILURES = 3  # without one good answer between them: it is not the requests that are at fault
 _CHECK_REPETITION = 16  # tokens between two looks
 _LEAST_TOKENS = 128  # of KV cache, to be of any use
+_PATIENCE_S = 10.0  # for the last step, when closing
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Engine:
         self._failures = 0
         self.failure: Status | None = None  # once nothing works any more
         self.steps = 0
+        self.step_began: float | None = None  # time.monotonic(), while a step is running
         log.info(
             "KV cache: %d bytes a token, room for %d tokens",
             self._runner.layout.token_bytes,
@@ -118,11 +120,16 @@ class Engine:
         return sequence
 
     def close(self) -> None:
-        """End whatever runs or waits with Unavailable, and the thread. Any number of times."""
+        """End whatever runs or waits with Unavailable, and the thread. Any number of times.
+
+        A step that does not end is waited for, but not for ever.
+        """
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(_PATIENCE_S)
+        if self._thread.is_alive():
+            log.error("the engine's thread is stuck in a step and is left behind")
 
     def _prepare(self, request: GenerationRequest, arrived: float) -> Sequence:
         loaded, sampling = self._loaded, request.sampling
@@ -183,12 +190,15 @@ class Engine:
     def step(self) -> None:
         """One step of all that are here: schedule, run, post-process."""
         self.steps += 1
+        self.step_began = time.monotonic()
         try:
             plan = self._schedule()
             outcomes = self._executor.execute(plan, self._scheduler.rows)
             self._post_process(outcomes)
         except Exception as error:
             self._fail(error)
+        finally:
+            self.step_began = None
 
     def _schedule(self) -> Plan[Sequence]:
         now = time.monotonic()
