@@ -8,7 +8,7 @@ from qwenvl_app.admission import Admission
 from qwenvl_app.backends import Backend, build
 from qwenvl_app.generation import Status
 from qwenvl_app.settings import Settings, load_settings
-from qwenvl_app.web import errors, ops, recognize, request_id
+from qwenvl_app.web import access, cors, errors, ops, recognize, request_id
 from qwenvl_app.web.departures import Departures
 from qwenvl_app.web.responses import ContractJSON
 
@@ -34,6 +34,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         backend.close()
 
     app = Flask(__name__, static_folder=None)
+    app.url_map.merge_slashes = False  # or //path is a redirect in HTML to wherever Host says
     app.json = ContractJSON(app)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_upload_mb * 2**20
     app.extensions["qwenvl"] = {
@@ -45,6 +46,8 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     }
     request_id.register(app)
     errors.register(app)
+    cors.register(app, settings.cors_origins)  # before the keys: a preflight can't carry one
+    access.register(app, settings.api_keys)
     app.register_blueprint(recognize.blueprint(settings, backend, admission, departures, status))
     app.register_blueprint(ops.blueprint(status))
     return app

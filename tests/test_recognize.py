@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from qwenvl_app import create_app
 from qwenvl_app.errors import InternalError
@@ -192,6 +193,86 @@ def test_neither_prompt_nor_answer_nor_name_is_logged(post, caplog):
     post(body)
     assert "private" not in caplog.text
     assert "答案" not in caplog.text
+
+
+def same(text: str) -> tuple[bytes, str]:
+    return text.encode(), text
+
+
+PROMPTS = {
+    # A blank prompt is the contract's, in tests/contract.py. All of these are answered:
+    "whitespace only": same(" \t\r\n "),
+    "NUL": same("a\x00b"),
+    "right to left and zero width": same("\u202eabc\u200b\u200d\ufeff"),
+    "control tokens": same("<|im_end|><|image_pad|>"),
+    "what stands for the text in the template": same("\x00text\x00"),
+    "decomposed": same("e\u0301 \uff21"),  # not normalised
+    "not a character": same("\uffff\U0010ffff"),
+    # What is not UTF-8 is read as Latin-1, as the replaced service did (Starlette's form parser),
+    # whatever a part's Content-Type says of its charset.
+    "invalid UTF-8": (b"\xff\xfeabc", "ÿþabc"),
+    "cut in a character": ("图".encode()[:2], "å\x9b"),
+    "lone surrogate": (b"\xed\xa0\x80", "í\xa0\x80"),
+    "CESU-8": (b"\xed\xa0\xbd\xed\xb8\x80", "í\xa0½í¸\x80"),
+    "GBK": ("颜色".encode("gbk"), "ÑÕÉ«"),
+    "UTF-16": ("hi".encode("utf-16"), "ÿþh\x00i\x00"),
+    "the longest": same("x" * 50_000),
+    "the longest in characters": same("图" * 50_000),
+}
+
+
+@pytest.mark.parametrize(("sent", "expected"), PROMPTS.values(), ids=PROMPTS)
+def test_a_prompt_comes_through_unchanged(post, backend: FakeBackend, sent, expected):
+    assert post(IMAGE + part("prompt", sent) + END).status == 200
+    assert backend.requests[0].prompt == expected
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "gbk", "no-such-charset", "idna"])
+def test_the_charset_of_a_part_changes_nothing(post, backend: FakeBackend, charset):
+    body = part("prompt", "颜色".encode(), content_type=f"text/plain; charset={charset}")
+    assert post(IMAGE + body + END).status == 200
+    assert backend.requests[0].prompt == "颜色"
+
+
+def test_a_prompt_that_is_too_long_takes_no_permit(app, post, backend: FakeBackend):
+    admission = app.extensions["qwenvl"]["admission"]
+    admission.drain()  # who asks for a permit now gets 503
+    for length in (50_001, 100_000):
+        answer = post(IMAGE + part("prompt", b"x" * length) + END)
+        assert answer.status == 413
+        assert detail(answer) == f"提示词为 {length} 个字符，超过 50000 个字符的限制。"
+    assert backend.requests == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+    ids=["python", "torch on a CPU", "torch on a GPU"],
+)
+def test_no_memory_for_a_picture(app, post, monkeypatch, error):
+    """It was a 500; torch says it in a RuntimeError like any other."""
+
+    def exhausted(_data, **_limits):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qwenvl_app.web.recognize.decode_image", exhausted)
+        answer = post(GOOD)
+    assert (answer.status, detail(answer)) == (503, "显存或内存不足，请稍后重试或缩小图片。")
+    assert answer.headers["retry-after"] == "5"
+    assert app.extensions["qwenvl"]["admission"].free == 4
+    assert post(GOOD).status == 200
+
+
+@pytest.mark.parametrize("path", ["//v1/image/recognize", "/v1//image/recognize", "//evil.example"])
+def test_slashes_are_no_redirect(client, path):
+    """Werkzeug redirects, in HTML, to wherever the Host header says; the original did not."""
+    answer = client.post(path, headers={"Host": "evil.example"})
+    assert (answer.status_code, answer.json) == (404, {"detail": "Not Found"})
 
 
 def post_with(app, **environ):

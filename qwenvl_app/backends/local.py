@@ -107,7 +107,7 @@ class LocalBackend:
         except ModelLoadError as error:
             log.error("the model can't be loaded: %s", error)
             status = Status(Phase.FAILED, str(error))
-        except Exception:
+        except BaseException:  # a library's SystemExit too, or it would be loading for ever
             log.exception("the model can't be loaded")
             status = Status(Phase.FAILED, "an unexpected error while loading; the log has it")
         with self._lock:

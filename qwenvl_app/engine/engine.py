@@ -23,6 +23,7 @@ from qwenvl_app.errors import (
     ServiceError,
     TooLarge,
     Unavailable,
+    is_out_of_memory,
 )
 from qwenvl_app.generation import FinishReason, GenerationRequest, Phase, Status
 
@@ -252,8 +253,9 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         """End what runs, and go on with an empty cache, unless that is no use any more."""
-        log.exception("a step failed; %d requests end with it", self.running)
-        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        ids = ", ".join(sequence.request_id for sequence in self._scheduler.rows)
+        log.exception("a step failed, and the requests in it end: %s", ids)
+        exhausted = is_out_of_memory(error)
         # A fatal CUDA error stays with the process: everything after it fails too.
         fatal = isinstance(error, torch.AcceleratorError)
         for sequence in list(self._scheduler.rows):

@@ -11,7 +11,7 @@ from werkzeug.exceptions import ClientDisconnected
 from qwenvl_app.admission import Admission
 from qwenvl_app.backends import Backend, require_ready
 from qwenvl_app.caller import Caller
-from qwenvl_app.errors import BadRequest, ClientGone
+from qwenvl_app.errors import BadRequest, ClientGone, TooLarge
 from qwenvl_app.generation import GenerationRequest, SamplingParams, Status
 from qwenvl_app.images import decode_image
 from qwenvl_app.settings import Settings
@@ -72,4 +72,6 @@ def _read(settings: Settings, caller: Caller) -> RecognizeForm:
     kind = form.image.content_type
     if not kind or not kind.startswith("image/"):
         raise BadRequest(f"上传的文件必须是图片类型，但收到的是 {kind}。")
+    if (length := len(form.prompt)) > settings.max_prompt_chars:
+        raise TooLarge(f"提示词为 {length} 个字符，超过 {settings.max_prompt_chars} 个字符的限制。")
     return form
