@@ -168,6 +168,9 @@ def test_who_leaves_a_stuck_engine_is_let_go_at_once(local, monkeypatch):
     assert blockade.reached.wait(10)
     threading.Timer(0.05, generation.cancel).start()
     assert list(generation)[-1].finish_reason is FinishReason.CANCELLED
+    for _ in range(5):  # nor do they pile up, pictures and all, until the step ends
+        local.generate(ask("a")).cancel()
+    assert len(local._engine._inbox) == 1
     blockade.go.set()
     assert finish(local.generate(ask("what color is the shape?"))) == "blue"
 

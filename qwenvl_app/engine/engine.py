@@ -116,6 +116,10 @@ class Engine:
                 raise InternalError(FAILED)
             if self._closed:
                 raise Unavailable.stopping()
+            # During a long step those who come and leave would pile up, pictures and all.
+            for left in [each for each in self._inbox if each.cancelled]:
+                self._inbox.remove(left)
+                left.finish(FinishReason.CANCELLED)
             self._inbox.append(sequence)
             self._wake.notify()
         return sequence

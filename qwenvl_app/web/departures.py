@@ -74,8 +74,8 @@ class Departures:
             if self._closed:
                 return False
             epoll = self._epoll or self._start()
-            self._callers[number] = caller
             epoll.register(number, select.EPOLLRDHUP)  # of HUP and ERR the kernel tells anyway
+            self._callers[number] = caller
         return True
 
     def _unregister(self, number: int) -> None:
@@ -85,14 +85,15 @@ class Departures:
                 self._epoll.unregister(number)
 
     def _start(self) -> select.epoll:
-        self._bell, listener = socket.socketpair()
-        self._epoll = select.epoll()
-        self._epoll.register(listener.fileno(), select.EPOLLRDHUP)
-        self._thread = threading.Thread(
-            target=self._run, args=(self._epoll, listener), name="departures", daemon=True
+        epoll = select.epoll()
+        bell, listener = socket.socketpair()
+        epoll.register(listener.fileno(), select.EPOLLRDHUP)
+        thread = threading.Thread(
+            target=self._run, args=(epoll, listener), name="departures", daemon=True
         )
-        self._thread.start()
-        return self._epoll
+        thread.start()
+        self._epoll, self._bell, self._thread = epoll, bell, thread
+        return epoll
 
     def _run(self, epoll: select.epoll, listener: socket.socket) -> None:
         bell = listener.fileno()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from flask import Response, jsonify
 
+from qwenvl_app import admission as admissions
 from qwenvl_app import create_app
 from qwenvl_app.admission import Admission
 from qwenvl_app.caller import Caller
@@ -18,7 +20,9 @@ from qwenvl_app.engine.executor import Executor
 STEP_S = 0.02  # the embedded model would be done before anyone can leave
 
 _last_step: dict[str, float] = {}  # request id: when a step last worked for it
-_admitted: list[tuple[float, float]] = []  # when each asked for a permit and when it got it
+_waits: list[float] = []  # seconds that each waited who got a permit
+_granted: list[int] = []  # the queue's numbers, in the order in which they got their permits
+_numbers = itertools.count()
 _execute, _admit = Executor.execute, Admission.admit
 
 
@@ -28,14 +32,27 @@ def _slow(self, plan, rows):
     return _execute(self, plan, rows)
 
 
+class NumberedTurn(admissions._Turn):
+    """Made, and granted, under the lock of the queue: so the numbers are the queue's order."""
+
+    def __init__(self, caller: Caller):
+        self.number = next(_numbers)
+        super().__init__(caller)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "granted" and value:
+            _granted.append(self.number)
+        super().__setattr__(name, value)
+
+
 @contextmanager
 def _recorded(self: Admission, caller: Caller) -> Iterator[float]:
-    asked = time.monotonic()
     with _admit(self, caller) as waited:
-        _admitted.append((asked, time.monotonic()))
+        _waits.append(waited)
         yield waited
 
 
+admissions._Turn = NumberedTurn  # type: ignore[misc]
 Executor.execute = _slow  # type: ignore[method-assign]
 Admission.admit = _recorded  # type: ignore[method-assign]
 app = create_app()
@@ -61,5 +78,6 @@ def debug() -> Response:
         ),
         files=len(list(Path("/proc/self/fd").iterdir())),
         last_step=_last_step,
-        admitted=_admitted,
+        waits=_waits,
+        granted=_granted,
     )
