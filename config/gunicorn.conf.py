@@ -51,7 +51,7 @@ logconfig_dict = {
 
 
 def worker_exit(server, worker):
-    """End the engine's thread before the interpreter goes."""
+    """End the application's threads before the interpreter goes."""
     app = getattr(worker, "wsgi", None)
     if app is not None:
-        app.extensions["qwenvl"]["backend"].close()
+        app.extensions["qwenvl"]["close"]()

@@ -375,12 +375,15 @@ def test_a_failing_step_ends_those_in_it_and_the_next_request_works(wild, monkey
     assert "at 0x7f" in caplog.text
 
 
-def test_out_of_memory_is_said_as_503(wild, monkeypatch):
+@pytest.mark.parametrize("kind", ["GPU", "CPU"])
+def test_out_of_memory_is_said_as_503(wild, monkeypatch, kind):
     with running(wild, prefix_cache_bytes=2**20) as engine:
         real = engine._runner.prefill
 
         def full(*_arguments):
-            raise torch.OutOfMemoryError("tried to allocate")
+            if kind == "GPU":
+                raise torch.OutOfMemoryError("tried to allocate")
+            torch.empty(2**60)  # not the same class: three of these ended the engine for good
 
         monkeypatch.setattr(engine._runner, "prefill", full)
         image = Image.new("RGB", (64, 64))

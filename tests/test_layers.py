@@ -29,7 +29,7 @@ LAYERS = [
             "qwenvl_app.admission",
         ),
     ),
-    (0, ("qwenvl_app.settings", "qwenvl_app.errors", "qwenvl_app.generation")),
+    (0, ("qwenvl_app.settings", "qwenvl_app.errors", "qwenvl_app.generation", "qwenvl_app.caller")),
 ]
 
 

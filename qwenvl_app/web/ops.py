@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flask import Blueprint, Response, jsonify
 
-from qwenvl_app.backends import Backend
-from qwenvl_app.generation import Phase
+from qwenvl_app.generation import Phase, Status
 
 
-def blueprint(backend: Backend) -> Blueprint:
-    """The routes, bound to the backend whose state they tell."""
+def blueprint(status: Callable[[], Status]) -> Blueprint:
+    """The routes, bound to the state that they tell."""
     routes = Blueprint("ops", __name__)
 
     @routes.get("/livez", provide_automatic_options=False)
@@ -21,11 +22,9 @@ def blueprint(backend: Backend) -> Blueprint:
     @routes.get("/health", provide_automatic_options=False)
     def readyz() -> Response:
         """200 only when a request would be answered; else 503, with the phase and its age."""
-        status = backend.status()
-        response = jsonify(
-            phase=status.phase, phase_seconds=round(status.age, 1), message=status.message
-        )
-        response.status_code = 200 if status.phase is Phase.READY else 503
+        now = status()
+        response = jsonify(phase=now.phase, phase_seconds=round(now.age, 1), message=now.message)
+        response.status_code = 200 if now.phase is Phase.READY else 503
         return response
 
     return routes
