@@ -59,7 +59,7 @@ def post_worker_init(worker):
 
 
 def worker_exit(server, worker):
-    """End the engine's thread before the interpreter goes."""
+    """End the application's threads before the interpreter goes."""
     app = getattr(worker, "wsgi", None)
     if app is not None:
-        app.extensions["qwenvl"]["backend"].close()
+        app.extensions["qwenvl"]["close"]()

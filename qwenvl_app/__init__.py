@@ -7,35 +7,56 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from qwenvl_app.admission import Admission
 from qwenvl_app.backends import Backend, build
+from qwenvl_app.generation import Status
 from qwenvl_app.metrics import Metrics
 from qwenvl_app.settings import Settings, load_settings
-from qwenvl_app.web import accounts, errors, ops, recognize, request_id
+from qwenvl_app.web import access, accounts, cors, errors, ops, recognize, request_id
+from qwenvl_app.web.departures import Departures
 from qwenvl_app.web.responses import ContractJSON
 
 
 def create_app(settings: Settings | None = None, backend: Backend | None = None) -> Flask:
     """Wire the application. Without ``backend`` the settings' own is built and starts loading.
 
-    Raises SettingsError. ``app.extensions["qwenvl"]`` holds the backend, the admission and
-    ``status``, a function.
+    Raises SettingsError. ``app.extensions["qwenvl"]`` holds the backend, the admission, the
+    departures, the function ``status``, and two that may be called any number of times, on any
+    thread: ``drain`` refuses all who have no permit from then on, ``close`` ends every thread.
     """
     settings = settings or load_settings()
     backend = backend or build(settings)
     admission = Admission(settings.max_concurrency, settings.max_waiting, settings.queue_timeout_s)
+    departures = Departures()
+
+    def status() -> Status:
+        return admission.draining or backend.status()
+
+    def close() -> None:
+        admission.drain()
+        departures.close()
+        backend.close()
+
     app = Flask(__name__, static_folder=None)
+    app.url_map.merge_slashes = False  # or //path is a redirect in HTML to wherever Host says
     app.json = ContractJSON(app)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_upload_mb * 2**20
+    app.config["MAX_FORM_PARTS"] = settings.max_parts
+    app.config["MAX_FORM_MEMORY_SIZE"] = settings.max_field_kb * 2**10
     app.extensions["qwenvl"] = {
         "backend": backend,
         "admission": admission,
-        "status": backend.status,
+        "departures": departures,
+        "status": status,
+        "drain": admission.drain,
+        "close": close,
     }
     if hops := settings.trusted_hops:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
-    metrics = Metrics(admission, backend.status, backend.stats)
+    metrics = Metrics(admission, status, backend.stats)
     accounts.register(app, metrics)
     request_id.register(app)
     errors.register(app)
-    app.register_blueprint(recognize.blueprint(settings, backend, admission))
-    app.register_blueprint(ops.blueprint(backend, metrics))
+    cors.register(app, settings.cors_origins)  # before the keys: a preflight can't carry one
+    access.register(app, settings.api_keys)
+    app.register_blueprint(recognize.blueprint(settings, backend, admission, departures, status))
+    app.register_blueprint(ops.blueprint(status, metrics))
     return app

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from qwenvl_app.caller import Caller
 from qwenvl_app.errors import Unavailable
+from qwenvl_app.generation import Phase, Status
 
-_BUSY = "服务器繁忙，请稍后重试。"
+_GUESS_S = 5.0  # how long a permit is held, before any was
+_WEIGHT = 0.2  # of the latest permit in the mean
+_LONGEST_RETRY_S = 60  # one that is told to wait for longer does not come back
+
+
+class _Turn:
+    """A place in the queue. Whoever takes it out of the queue says whether it got a permit."""
+
+    def __init__(self, caller: Caller):
+        self.caller = caller
+        self.granted = False
+        self.settled = threading.Event()
 
 
 class Admission:
-    """Hands out ``permits``, first come first served. All methods may be called on any thread."""
+    """Hands out ``permits``, first come first served. All methods may be called on any thread.
+
+    Under the lock, and so for everyone: a permit is free only if nobody waits; a turn is settled
+    exactly when it leaves the queue.
+    """
 
     def __init__(self, permits: int, max_waiting: int, timeout_s: float):
         self.permits, self.max_waiting, self.timeout_s = permits, max_waiting, timeout_s
         self._lock = threading.Lock()
         self._free = permits
-        self._queue: deque[threading.Event] = deque()
+        self._queue: deque[_Turn] = deque()
+        self._mean_held: float | None = None
+        self._draining: Status | None = None
 
     @property
     def free(self) -> int:
@@ -32,42 +52,81 @@ class Admission:
         """Requests in the waiting room."""
         return len(self._queue)
 
+    @property
+    def draining(self) -> Status | None:
+        """The status of the service once ``drain`` was called."""
+        return self._draining
+
     @contextmanager
-    def admit(self) -> Iterator[float]:
+    def admit(self, caller: Caller) -> Iterator[float]:
         """Hold a permit while the block runs; yields the seconds spent waiting for it.
 
-        Raises Unavailable when the waiting room is full, or when no permit came in time.
+        Raises Unavailable when the waiting room is full, when no permit came within the time-out,
+        or when draining; DeadlineExceeded or ClientGone when the caller's time was up or it left
+        while it waited: it has lost its place at that moment, and never takes a permit.
         """
-        waited = self._acquire()
+        waited = self._acquire(caller)
+        began = time.monotonic()
         try:
             yield waited
         finally:
-            self._release()
+            self._release(time.monotonic() - began)
 
-    def _acquire(self) -> float:
+    def drain(self) -> None:
+        """Refuse all who wait and all who come from now on; those with a permit keep it.
+
+        Never blocks; any number of times.
+        """
         with self._lock:
-            if self._free and not self._queue:
+            self._draining = self._draining or Status(Phase.DRAINING, "the service is stopping")
+            while self._queue:
+                self._queue.popleft().settled.set()
+
+    def _acquire(self, caller: Caller) -> float:
+        with self._lock:
+            caller.check()
+            if self._draining:
+                raise Unavailable.stopping()
+            if self._free:
                 self._free -= 1
                 return 0.0
             if len(self._queue) >= self.max_waiting:
-                raise Unavailable(_BUSY, retry_after=self._patience())
-            turn = threading.Event()
+                raise self._busy("queue_full")
+            turn = _Turn(caller)
             self._queue.append(turn)
         began = time.monotonic()
-        if not turn.wait(self.timeout_s):
-            with self._lock:
-                # A permit may have been handed over between the time-out and the lock.
-                if not turn.is_set():
-                    self._queue.remove(turn)
-                    raise Unavailable(_BUSY, retry_after=self._patience())
-        return time.monotonic() - began
+        with caller.on_leaving(lambda: self._give_up(turn)):
+            turn.settled.wait(min(self.timeout_s, caller.remaining))
+        self._give_up(turn)  # unless it was settled meanwhile
+        if turn.granted:
+            return time.monotonic() - began
+        caller.check()
+        raise Unavailable.stopping() if self._draining else self._busy("queue_timeout")
 
-    def _release(self) -> None:
+    def _give_up(self, turn: _Turn) -> None:
         with self._lock:
-            if self._queue:  # handed over directly, so that nobody can jump the queue
-                self._queue.popleft().set()
-            else:
-                self._free += 1
+            if not turn.settled.is_set():
+                self._queue.remove(turn)
+                turn.settled.set()
 
-    def _patience(self) -> int:
-        return max(1, round(self.timeout_s / 4))
+    def _release(self, held: float) -> None:
+        with self._lock:
+            mean = held if self._mean_held is None else self._mean_held
+            self._mean_held = mean + _WEIGHT * (held - mean)
+            while self._queue:  # handed over directly, so that nobody can jump the queue
+                turn = self._queue.popleft()
+                turn.granted = turn.caller.wants_answer
+                turn.settled.set()
+                if turn.granted:
+                    return
+            self._free += 1
+
+    def _busy(self, reason: str) -> Unavailable:
+        """Come back when those who are here now will have been served, by what was measured."""
+        held = _GUESS_S if self._mean_held is None else self._mean_held
+        wait = held * (len(self._queue) + 1) / self.permits
+        return Unavailable(
+            "服务器繁忙，请稍后重试。",
+            retry_after=min(max(1, math.ceil(wait)), _LONGEST_RETRY_S),
+            reason=reason,
+        )

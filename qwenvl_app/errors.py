@@ -34,6 +34,16 @@ class BadRequest(ServiceError):
     reason = "bad_request"
 
 
+class Unauthorized(ServiceError):
+    """An API key is asked for, and none that is known came with the request."""
+
+    status = 401
+    reason = "unauthorized"
+
+    def __init__(self) -> None:
+        super().__init__("缺少有效的 API 密钥。")
+
+
 class TooLarge(ServiceError):
     """The body or the picture is over a limit."""
 
@@ -77,6 +87,29 @@ class DeadlineExceeded(ServiceError):
 
     def __init__(self) -> None:
         super().__init__("请求处理超时，请稍后重试。")
+
+
+class ClientGone(ServiceError):
+    """The client closed its connection. Nobody reads the answer: the status, nginx's, is logged."""
+
+    status = 499
+    reason = "client_gone"
+
+    def __init__(self) -> None:
+        super().__init__("Client Closed Request")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether ``error`` is about memory.
+
+    torch, which is not known here, has a class of its own for that; but on a CPU it comes as a
+    plain RuntimeError.
+    """
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 class ModelLoadError(Exception):

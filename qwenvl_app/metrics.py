@@ -29,12 +29,16 @@ PIXELS = (1e4, 5e4, 1e5, 2.5e5, 5e5, 1e6, 2e6, 4e6, 8e6, 1.2e7, 2.4e7, 5e7)
 # Why a request got no answer, and the status it got; all words that ``ServiceError.reason`` may be.
 REASONS = {
     "bad_request": 400,
+    "unauthorized": 401,
     "too_large": 413,
     "invalid_form": 422,
     "busy": 503,
+    "queue_full": 503,
+    "queue_timeout": 503,
     "loading": 503,
     "draining": 503,
     "memory": 503,
+    "client_gone": 499,
     "deadline": 504,
     "model_failed": 500,
     "internal": 500,

@@ -11,9 +11,17 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+)
 
 PREFIX = "QWENVL_"
 FILE_VARIABLE = PREFIX + "CONFIG"
@@ -23,6 +31,17 @@ DEFAULTS = Path(__file__).resolve().parent.parent / "config" / "default.toml"
 
 class SettingsError(Exception):
     """A setting is unknown or wrong. The message names the key and where it was set."""
+
+
+def _split(value: Any) -> Any:
+    """A list in the environment is a string with commas."""
+    if not isinstance(value, str):
+        return value
+    return [part for word in value.split(",") if (part := word.strip())]
+
+
+ApiKey = Annotated[SecretStr, Field(min_length=1)]
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 
 
 class Settings(BaseModel):
@@ -37,14 +56,21 @@ class Settings(BaseModel):
     cpu_threads: int = Field(ge=0, le=1024)
     max_concurrency: int = Field(ge=1, le=256)
     max_waiting: int = Field(ge=0, le=4096)
-    queue_timeout_s: float = Field(ge=0, allow_inf_nan=False)
+    queue_timeout_s: float = Field(ge=0, le=86_400, allow_inf_nan=False)
+    request_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
+    stall_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
     max_new_tokens: int = Field(ge=1)
     repetition_limit: int = Field(ge=0)
     prefill_chunk: int = Field(ge=1)
     kv_cache_mb: int = Field(ge=0)
     prefix_cache_mb: int = Field(ge=0)
     max_upload_mb: int = Field(ge=1, le=1024)
-    max_image_megapixels: float = Field(gt=0, le=500, allow_inf_nan=False)
+    max_image_megapixels: float = Field(gt=0, le=178, allow_inf_nan=False)
+    max_parts: int = Field(ge=2)
+    max_field_kb: int = Field(ge=1)
+    max_prompt_chars: int = Field(ge=1)
+    api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_split)]
+    cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_split)]
     log_format: Literal["text", "json"]
     trusted_hops: int = Field(ge=0, le=16)
 
@@ -92,9 +118,9 @@ def explain(
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
+        given = "" if key in SECRETS else f", but it is {values.get(key)!r}"
         raise SettingsError(
-            f"setting '{key}' ({origins.get(key, 'nowhere')}): {first['msg']}, "
-            f"but it is {values.get(key)!r}"
+            f"setting '{key}' ({origins.get(key, 'nowhere')}): {first['msg']}{given}"
         ) from None
 
 

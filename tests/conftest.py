@@ -14,10 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qwenvl_app import create_app
 from qwenvl_app.admission import Admission
+from qwenvl_app.engine import cpu
 from qwenvl_app.engine.checkpoint import DEMO
 from qwenvl_app.settings import Settings, load_settings
 from tests.fakes import FakeBackend
 from tests.wire import MULTIPART, ROUTE, Answer
+
+# As the service does: two threads on two busy cores spend their time waiting for one another.
+cpu.use_threads(0)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -59,6 +63,7 @@ def backend() -> FakeBackend:
 def app(settings: Settings, backend: FakeBackend) -> Iterator[Flask]:
     app = create_app(settings, backend)
     yield app
+    app.extensions["qwenvl"]["departures"].close()
     admission: Admission = app.extensions["qwenvl"]["admission"]
     assert admission.free == admission.permits, "a permit was not given back"
     assert admission.waiting == 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
-from qwenvl_app.errors import ServiceError
+from qwenvl_app.errors import DeadlineExceeded, ServiceError
 from qwenvl_app.generation import (
     BackendStats,
     Delta,
@@ -18,14 +19,26 @@ from qwenvl_app.generation import (
 
 
 class FakeGeneration:
-    """Yields the given pieces; waits for ``go`` before the first one."""
+    """Yields the given pieces; waits for ``go`` before the first one, cancelled or up to it."""
 
-    def __init__(self, pieces: list[str], go: threading.Event, failure: Exception | None):
+    def __init__(
+        self,
+        pieces: list[str],
+        go: threading.Event,
+        failure: Exception | None,
+        deadline: float | None,
+    ):
         self.pieces, self.go, self.failure = pieces, go, failure
+        self.deadline = deadline or time.monotonic() + 20
         self.cancelled = 0
 
     def __iter__(self) -> Iterator[Delta]:
-        assert self.go.wait(20), "nobody let this generation go"
+        while not self.go.wait(0.002):
+            if self.cancelled:
+                yield Delta("", FinishReason.CANCELLED, Usage(10, 0))
+                return
+            if time.monotonic() >= self.deadline:
+                raise DeadlineExceeded
         for piece in self.pieces:
             yield Delta(piece)
         if self.failure:
@@ -59,7 +72,9 @@ class FakeBackend:
         if self.refusal:
             raise self.refusal
         self.requests.append(request)
-        self.generations.append(FakeGeneration(self.pieces, self.go, self.failure))
+        self.generations.append(
+            FakeGeneration(self.pieces, self.go, self.failure, request.deadline)
+        )
         return self.generations[-1]
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from demo.scenes import draw
-from qwenvl_app.engine.model import LoadedModel, load, mrope_positions, patches, prepare
+from qwenvl_app.engine.model import LoadedModel, load, mrope_positions, prepare
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.errors import DeadlineExceeded, InternalError, TooLarge, Unavailable
@@ -77,11 +77,12 @@ def test_every_token_is_that_of_generate(wild, asked, slots: int, chunk: int, pr
     again = asked[:12] if prefix else []
     with running(wild, slots=slots, prefill_chunk=chunk, prefix_cache_bytes=prefix) as engine:
         pairs = []
-        for each, solo in [*asked, *again]:
-            pairs.append((engine.submit(each), solo))
-            time.sleep(rng.random() * 0.01)
-        for sequence, _ in pairs:
-            finish(sequence)
+        for round_ in (asked, again):
+            for each, solo in round_:
+                pairs.append((engine.submit(each), solo))
+                time.sleep(rng.random() * 0.01)
+            for sequence, _ in pairs[len(pairs) - len(round_) :]:
+                finish(sequence)
         hits = engine.prefixes.hits
     judge(pairs)
     if prefix == 2**27:
@@ -125,7 +126,7 @@ def test_positions_are_those_of_transformers(wild):
         # The answer's first token goes on from there.
         assert ours.positions[0, -1] + 1 == len(ours.ids) + delta.item()
         assert list(ours.grid) == inputs["image_grid_thw"][0].tolist()
-        assert patches(wild, each.image).shape[0] == math.prod(ours.grid)
+        assert len(wild.patcher.patches(each.image)) == math.prod(ours.grid)
     assert mrope_positions(9, range(2, 6), (1, 4, 4), 2).tolist()[1] == [0, 1, 2, 2, 3, 3, 4, 5, 6]
 
 
@@ -134,15 +135,16 @@ def test_the_vision_tower_in_pieces_is_the_vision_tower(wild):
 
     class Job:
         def __init__(self, image):
+            self.pixels = wild.image_processor(images=[image], return_tensors="pt").pixel_values
             self.inputs = prepare(wild, image, "x")
-            self.inputs.pixels = patches(wild, image)
+            self.inputs.pixels = wild.patcher.patches(image)
             self.patches = len(self.inputs.pixels)
 
     jobs = [Job(random_image(rng)) for _ in range(3)]
     visual = wild.model.model.visual
     with torch.inference_mode():
         whole = visual(
-            torch.cat([job.inputs.pixels for job in jobs]),
+            torch.cat([job.pixels for job in jobs]),
             grid_thw=torch.tensor([job.inputs.grid for job in jobs]),
         )
         encoding = Encoding(Tower(visual), jobs)
@@ -243,7 +245,7 @@ def test_a_request_that_does_not_fit_beside_the_others_waits(wild):
 
 
 def test_a_request_that_could_never_fit_is_refused_before_any_work(wild, monkeypatch):
-    monkeypatch.setattr("qwenvl_app.engine.engine.patches", None)
+    monkeypatch.setattr("qwenvl_app.engine.pixels.Patcher.patches", None)
     with (
         running(wild, kv_cache_bytes=200 * 2048) as engine,
         pytest.raises(TooLarge, match=r"图片和提示词共 \d+ 个 token，超过 199 个的限制"),
@@ -373,12 +375,15 @@ def test_a_failing_step_ends_those_in_it_and_the_next_request_works(wild, monkey
     assert "at 0x7f" in caplog.text
 
 
-def test_out_of_memory_is_said_as_503(wild, monkeypatch):
+@pytest.mark.parametrize("kind", ["GPU", "CPU"])
+def test_out_of_memory_is_said_as_503(wild, monkeypatch, kind):
     with running(wild, prefix_cache_bytes=2**20) as engine:
         real = engine._runner.prefill
 
         def full(*_arguments):
-            raise torch.OutOfMemoryError("tried to allocate")
+            if kind == "GPU":
+                raise torch.OutOfMemoryError("tried to allocate")
+            torch.empty(2**60)  # not the same class: three of these ended the engine for good
 
         monkeypatch.setattr(engine._runner, "prefill", full)
         image = Image.new("RGB", (64, 64))

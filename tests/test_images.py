@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -207,3 +209,54 @@ def test_what_a_decoder_says_stays_here():
         decode(picture()[:60])
     assert error.value.__cause__ is None
     assert "0x" not in str(error.value)
+
+
+def test_what_is_returned_holds_no_file_and_no_decoder():
+    """A WebP's decoder keeps two canvases, as much again as the picture twice."""
+    for file_format in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "HEIF"):
+        assert type(decode(picture(file_format=file_format))) is Image.Image
+
+
+def test_numbers_that_are_none():
+    values = np.tile(np.linspace(0, 100, 64, dtype=np.float32), (4, 1))
+    values[0, :3] = (np.nan, np.inf, -np.inf)
+    shown = np.asarray(decode(encode(Image.fromarray(values), "TIFF")))
+    assert (shown[1, 0, 0], shown[1, -1, 0]) == (0, 255)
+    ends = np.array([[np.finfo(np.float32).min, np.finfo(np.float32).max]])
+    shown = np.asarray(decode(encode(Image.fromarray(ends.astype(np.float32)), "TIFF")))
+    assert list(shown[0, :, 0]) == [0, 255]
+
+
+@pytest.mark.parametrize(
+    "exif", [b"", b"nonsense", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*" + bytes(2**20)]
+)
+def test_exif_that_cannot_be_read_counts_as_none(exif: bytes):
+    """A viewer shows the picture all the same; it was refused here."""
+    from tests.pictures import chunk, png_with
+
+    assert decode(png_with(chunk(b"eXIf", exif))).tobytes() == decode(picture()).tobytes()
+
+
+def test_a_run_length_bmp():
+    """Decoded in Python: small ones are read, one of 49 megapixels took three seconds."""
+    from tests.pictures import bmp_runs
+
+    assert decode(bmp_runs(255, 20)).size == (255, 20)
+    with pytest.raises(BadRequest):
+        decode(bmp_runs(255 * 9, 2000))
+
+
+def test_pillow_has_nothing_to_say_in_the_log():
+    """Its warnings are of a client's file, one line for each, and Python remembers them all."""
+    code = (
+        "import io, logging\n"
+        "from qwenvl_app.images import decode_image\n"
+        "from tests.pictures import chunk, png_with, tiff\n"
+        "logging.basicConfig()\n"
+        "decode_image(png_with(chunk(b'acTL', bytes(8))), max_megapixels=1)\n"
+        "try: decode_image(tiff((277, 4, 1, b'\\xff\\0\\0\\0')), max_megapixels=1)\n"
+        "except Exception: pass\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("", "")

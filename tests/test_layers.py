@@ -24,6 +24,7 @@ LAYERS = [
         1,
         (
             "qwenvl_app.images",
+            "qwenvl_app.image_structure",
             "qwenvl_app.prompts",
             "qwenvl_app.admission",
             "qwenvl_app.metrics",
@@ -35,6 +36,7 @@ LAYERS = [
             "qwenvl_app.settings",
             "qwenvl_app.errors",
             "qwenvl_app.generation",
+            "qwenvl_app.caller",
             "qwenvl_app.record",
             "qwenvl_app.logs",
             "qwenvl_app.notify",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import threading
 import time
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 
 from qwenvl_app.backends.local import LocalBackend
+from qwenvl_app.engine import engine as engines
 from qwenvl_app.engine.model import load
-from qwenvl_app.errors import InternalError, Unavailable
+from qwenvl_app.errors import DeadlineExceeded, InternalError, Unavailable
 from qwenvl_app.generation import FinishReason, GenerationRequest, Phase, SamplingParams
 from qwenvl_app.settings import load_settings
 from tests.engines import finish
@@ -98,6 +100,92 @@ def test_an_engine_that_has_failed_shows_in_the_status(local, monkeypatch):
     assert "has to be restarted" in local.status().message
     with pytest.raises(InternalError):
         local.generate(ask("x"))
+
+
+class Blockade:
+    """A model whose next forward pass blocks until it is let go, as on a GPU that hangs."""
+
+    def __init__(self, backend: LocalBackend, monkeypatch: pytest.MonkeyPatch):
+        runner = backend._engine._runner
+        real = runner.prefill
+        self.reached, self.go = threading.Event(), threading.Event()
+
+        def prefill(*arguments):
+            self.reached.set()
+            assert self.go.wait(60)
+            return real(*arguments)
+
+        monkeypatch.setattr(runner, "prefill", prefill)
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def impatient(loaded, monkeypatch) -> Iterator[LocalBackend]:
+    monkeypatch.setattr("qwenvl_app.engine.model.load", lambda _name, **_options: loaded)
+    backend = LocalBackend(load_settings({}, stall_timeout_s=1.0))
+    until(lambda: backend.status().phase is Phase.READY)
+    yield backend
+    backend.close()
+
+
+def test_a_stuck_step_is_a_failure_until_it_ends(impatient, monkeypatch, caplog):
+    """A GPU that hangs raises nothing: health said 200 while nobody was answered."""
+    blockade = Blockade(impatient, monkeypatch)
+    late = dataclasses.replace(ask("a"), deadline=time.monotonic() + 0.1)
+    generation, patient = (
+        impatient.generate(late),
+        impatient.generate(ask("what color is the shape?")),
+    )
+    assert blockade.reached.wait(10)
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        list(generation)
+    assert time.monotonic() - began < 5  # it ended though the engine said nothing
+    # The line is in the log though nobody asks for the status.
+    until(lambda: "no progress" in caplog.text)
+    time.sleep(0.6)
+    assert [r.levelname for r in caplog.records if "progress" in r.message] == ["CRITICAL"]
+    status = impatient.status()
+    assert status.phase is Phase.FAILED
+    assert "no progress for" in status.message
+    with pytest.raises(InternalError):
+        impatient.generate(ask("x"))
+    blockade.go.set()
+    until(lambda: impatient.status().phase is Phase.READY)
+    assert finish(patient) == "blue"
+    until(lambda: "progress again" in caplog.text)
+
+
+def test_who_leaves_a_stuck_engine_is_let_go_at_once(local, monkeypatch):
+    blockade = Blockade(local, monkeypatch)
+    generation = local.generate(ask("a"))
+    assert blockade.reached.wait(10)
+    threading.Timer(0.05, generation.cancel).start()
+    assert list(generation)[-1].finish_reason is FinishReason.CANCELLED
+    for _ in range(5):  # nor do they pile up, pictures and all, until the step ends
+        local.generate(ask("a")).cancel()
+    assert len(local._engine._inbox) == 1
+    blockade.go.set()
+    assert finish(local.generate(ask("what color is the shape?"))) == "blue"
+
+
+def test_closing_with_a_stuck_engine_comes_to_an_end(local, monkeypatch, caplog):
+    monkeypatch.setattr(engines, "_PATIENCE_S", 0.1)
+    blockade = Blockade(local, monkeypatch)
+    generation = local.generate(ask("a"))
+    assert blockade.reached.wait(10)
+    local.close()
+    assert "is left behind" in caplog.text
+    assert local.status().phase is Phase.DRAINING
+    blockade.go.set()
+    with pytest.raises(Unavailable):
+        list(generation)
 
 
 def test_closing_refuses_what_comes_after(local):

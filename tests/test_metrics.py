@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from qwenvl_app import create_app, errors
 from qwenvl_app.admission import Admission
 from qwenvl_app.engine.model import load
-from qwenvl_app.errors import DeadlineExceeded, InternalError, ServiceError, Unavailable
+from qwenvl_app.errors import ClientGone, DeadlineExceeded, InternalError, ServiceError, Unavailable
 from qwenvl_app.generation import (
     BackendStats,
     Delta,
@@ -66,6 +66,7 @@ def test_a_known_mix_is_counted_exactly(client: FlaskClient, backend: FakeBacken
     ask(b"x" * (21 * 2**20), 413)
     for failure, status in (
         (DeadlineExceeded(), 504),
+        (ClientGone(), 499),
         (Unavailable.exhausted(), 503),
         (InternalError("x"), 500),
         (RuntimeError("x"), 500),
@@ -95,6 +96,7 @@ def test_a_known_mix_is_counted_exactly(client: FlaskClient, backend: FakeBacken
         f'http_requests_total{{route="{ROUTE}",status="400"}}': 2,
         f'http_requests_total{{route="{ROUTE}",status="413"}}': 1,
         f'http_requests_total{{route="{ROUTE}",status="504"}}': 1,
+        f'http_requests_total{{route="{ROUTE}",status="499"}}': 1,
         f'http_requests_total{{route="{ROUTE}",status="503"}}': 2,
         f'http_requests_total{{route="{ROUTE}",status="500"}}': 3,
         'http_requests_total{route="unmatched",status="404"}': 2,
@@ -107,14 +109,15 @@ def test_a_known_mix_is_counted_exactly(client: FlaskClient, backend: FakeBacken
         'request_rejected_total{reason="memory"}': 1,
         'request_rejected_total{reason="loading"}': 1,
         'request_cancelled_total{reason="deadline"}': 1,
+        'request_cancelled_total{reason="client_gone"}': 1,
         'request_failed_total{reason="internal"}': 2,
         'request_failed_total{reason="model_failed"}': 1,
     }
     assert samples["qwenvl_prompt_tokens_total"] == 30
     assert samples["qwenvl_generation_tokens_total"] == 9
     assert samples["qwenvl_e2e_request_latency_seconds_count"] == 3
-    assert samples["qwenvl_image_pixels_count"] == 7  # those that came as far as a picture
-    assert samples["qwenvl_image_pixels_sum"] == 7 * 64 * 64
+    assert samples["qwenvl_image_pixels_count"] == 8  # those that came as far as a picture
+    assert samples["qwenvl_image_pixels_sum"] == 8 * 64 * 64
 
 
 def test_histograms_of_one_answer():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import socket
 import threading
 import time
 
 import pytest
+import torch
 
 from qwenvl_app import create_app
 from qwenvl_app.errors import InternalError
 from qwenvl_app.generation import Phase, Status
+from qwenvl_app.images import decode_image
 from qwenvl_app.settings import load_settings
 from tests.fakes import FakeBackend
 from tests.wire import END, GOOD, IMAGE, MULTIPART, PROMPT, ROUTE, part, picture
@@ -189,6 +193,226 @@ def test_neither_prompt_nor_answer_nor_name_is_logged(post, caplog):
     post(body)
     assert "private" not in caplog.text
     assert "答案" not in caplog.text
+
+
+def same(text: str) -> tuple[bytes, str]:
+    return text.encode(), text
+
+
+PROMPTS = {
+    # A blank prompt is the contract's, in tests/contract.py. All of these are answered:
+    "whitespace only": same(" \t\r\n "),
+    "NUL": same("a\x00b"),
+    "right to left and zero width": same("\u202eabc\u200b\u200d\ufeff"),
+    "control tokens": same("<|im_end|><|image_pad|>"),
+    "what stands for the text in the template": same("\x00text\x00"),
+    "decomposed": same("e\u0301 \uff21"),  # not normalised
+    "not a character": same("\uffff\U0010ffff"),
+    # What is not UTF-8 is read as Latin-1, as the replaced service did (Starlette's form parser),
+    # whatever a part's Content-Type says of its charset.
+    "invalid UTF-8": (b"\xff\xfeabc", "ÿþabc"),
+    "cut in a character": ("图".encode()[:2], "å\x9b"),
+    "lone surrogate": (b"\xed\xa0\x80", "í\xa0\x80"),
+    "CESU-8": (b"\xed\xa0\xbd\xed\xb8\x80", "í\xa0½í¸\x80"),
+    "GBK": ("颜色".encode("gbk"), "ÑÕÉ«"),
+    "UTF-16": ("hi".encode("utf-16"), "ÿþh\x00i\x00"),
+    "the longest": same("x" * 50_000),
+    "the longest in characters": same("图" * 50_000),
+}
+
+
+@pytest.mark.parametrize(("sent", "expected"), PROMPTS.values(), ids=PROMPTS)
+def test_a_prompt_comes_through_unchanged(post, backend: FakeBackend, sent, expected):
+    assert post(IMAGE + part("prompt", sent) + END).status == 200
+    assert backend.requests[0].prompt == expected
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "gbk", "no-such-charset", "idna"])
+def test_the_charset_of_a_part_changes_nothing(post, backend: FakeBackend, charset):
+    body = part("prompt", "颜色".encode(), content_type=f"text/plain; charset={charset}")
+    assert post(IMAGE + body + END).status == 200
+    assert backend.requests[0].prompt == "颜色"
+
+
+def test_a_prompt_that_is_too_long_takes_no_permit(app, post, backend: FakeBackend):
+    admission = app.extensions["qwenvl"]["admission"]
+    admission.drain()  # who asks for a permit now gets 503
+    for length in (50_001, 100_000):
+        answer = post(IMAGE + part("prompt", b"x" * length) + END)
+        assert answer.status == 413
+        assert detail(answer) == f"提示词为 {length} 个字符，超过 50000 个字符的限制。"
+    assert backend.requests == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+    ids=["python", "torch on a CPU", "torch on a GPU"],
+)
+def test_no_memory_for_a_picture(app, post, monkeypatch, error):
+    """It was a 500; torch says it in a RuntimeError like any other."""
+
+    def exhausted(_data, **_limits):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qwenvl_app.web.recognize.decode_image", exhausted)
+        answer = post(GOOD)
+    assert (answer.status, detail(answer)) == (503, "显存或内存不足，请稍后重试或缩小图片。")
+    assert answer.headers["retry-after"] == "5"
+    assert app.extensions["qwenvl"]["admission"].free == 4
+    assert post(GOOD).status == 200
+
+
+@pytest.mark.parametrize("path", ["//v1/image/recognize", "/v1//image/recognize", "//evil.example"])
+def test_slashes_are_no_redirect(client, path):
+    """Werkzeug redirects, in HTML, to wherever the Host header says; the original did not."""
+    answer = client.post(path, headers={"Host": "evil.example"})
+    assert (answer.status_code, answer.json) == (404, {"detail": "Not Found"})
+
+
+def post_with(app, **environ):
+    """What a worker's environment adds, and the answer in a thread of its own."""
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(
+            app.test_client().post(
+                ROUTE, data=GOOD, content_type=MULTIPART, environ_overrides=environ
+            )
+        )
+    )
+    thread.start()
+    return thread, answers
+
+
+LATE = (504, {"detail": "请求处理超时，请稍后重试。"})
+GONE = (499, {"detail": "Client Closed Request"})
+
+
+def ended(thread: threading.Thread, answers: list, seconds: float = 5) -> tuple[int, object]:
+    thread.join(seconds)
+    assert not thread.is_alive()
+    return answers[0].status_code, answers[0].json
+
+
+def test_the_deadline_of_a_generation(backend: FakeBackend, client, app):
+    """It starts with the request's first byte: here most of the time went by before the view."""
+    backend.go.clear()
+    began = time.monotonic()
+    assert ended(*post_with(app, **{"qwenvl.arrived": began - 119.9})) == LATE
+    assert backend.requests[0].deadline == pytest.approx(began + 0.1)
+    backend.go.set()
+    assert client.post(ROUTE, data=GOOD, content_type=MULTIPART).status_code == 200
+
+
+def test_the_deadline_in_the_queue_and_before(backend: FakeBackend):
+    settings = load_settings({}, max_concurrency=1, request_timeout_s=60)
+    app = create_app(settings, backend)
+    backend.go.clear()
+    first = post_with(app)
+    _until(lambda: backend.requests)
+    for spent in (59.9, 60.0, 1000.0):
+        assert ended(*post_with(app, **{"qwenvl.arrived": time.monotonic() - spent})) == LATE
+    assert len(backend.requests) == 1
+    backend.go.set()
+    assert ended(*first)[0] == 200
+    assert app.extensions["qwenvl"]["admission"].free == 1
+
+
+@pytest.mark.parametrize("stage", ["before", "waiting", "generating"])
+def test_a_client_that_leaves_frees_its_place(app, backend: FakeBackend, caplog, stage):
+    """The generation went on to its end, for nobody, and nobody else had the permit meanwhile."""
+    admission = app.extensions["qwenvl"]["admission"]
+    backend.go.clear()
+    others = []
+    if stage == "waiting":
+        others = [post_with(app) for _ in range(4)]
+        _until(lambda: admission.free == 0)
+    theirs, ours = socket.socketpair()
+    with ours:
+        if stage == "before":
+            theirs.close()
+        thread, answers = post_with(app, **{"gunicorn.socket": ours})
+        if stage == "waiting":
+            _until(lambda: admission.waiting)
+        if stage == "generating":
+            _until(lambda: backend.generations)
+        theirs.close()
+        assert ended(thread, answers, 1) == GONE
+    assert admission.waiting == 0
+    assert admission.free == (0 if stage == "waiting" else 4)
+    assert len(backend.requests) == {"before": 0, "waiting": 4, "generating": 1}[stage]
+    backend.go.set()
+    assert all(ended(*other)[0] == 200 for other in others)
+    assert app.extensions["qwenvl"]["departures"].watched == 0
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_client_that_leaves_while_its_picture_is_decoded(app, backend, monkeypatch):
+    theirs, ours = socket.socketpair()
+    decoding, leave = threading.Event(), threading.Event()
+
+    def slow(data: bytes, **limits):
+        decoding.set()
+        assert leave.wait(10)
+        return decode_image(data, **limits)
+
+    monkeypatch.setattr("qwenvl_app.web.recognize.decode_image", slow)
+    departures = app.extensions["qwenvl"]["departures"]
+    with ours:
+        thread, answers = post_with(app, **{"gunicorn.socket": ours})
+        assert decoding.wait(10)
+        assert departures.watched == 1
+        theirs.close()
+        _until(lambda: not departures.watched)
+        leave.set()
+        assert ended(thread, answers) == GONE
+    assert backend.requests == []
+
+
+def test_a_connection_that_breaks_during_the_upload(app, caplog):
+    """A reset while the body is read was a 500 with a trace."""
+
+    class Broken(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, _buffer):
+            raise ConnectionResetError
+
+    response = app.test_client().post(
+        ROUTE,
+        content_type=MULTIPART,
+        environ_overrides={"wsgi.input": Broken(), "CONTENT_LENGTH": "1000"},
+    )
+    assert (response.status_code, response.json) == GONE
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_draining(app, backend: FakeBackend, client):
+    """SIGTERM: what runs ends, what waits and what comes is refused, and /readyz says so."""
+    extension = app.extensions["qwenvl"]
+    backend.go.clear()
+    running = [post_with(app) for _ in range(4)]
+    _until(lambda: len(backend.requests) == 4)
+    waiting = [post_with(app) for _ in range(3)]
+    _until(lambda: extension["admission"].waiting == 3)
+    extension["drain"]()
+    extension["drain"]()
+    stopping = (503, {"detail": "服务正在停止，请稍后重试。"})
+    assert [ended(*each) for each in waiting] == [stopping] * 3
+    assert waiting[0][1][0].headers["Retry-After"] == "10"
+    assert ended(*post_with(app)) == stopping
+    ready = client.get("/readyz")
+    assert (ready.status_code, ready.json["phase"]) == (503, "draining")
+    assert ready.json["phase_seconds"] >= 0
+    assert client.get("/livez").status_code == 200
+    backend.go.set()
+    assert [ended(*each)[0] for each in running] == [200] * 4
 
 
 def _until(condition) -> None:

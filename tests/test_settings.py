@@ -81,6 +81,8 @@ WRONG = [
     ({"MAX_UPLOAD_MB": "20MB"}, "'max_upload_mb' .*valid integer, .*but it is '20MB'"),
     ({"MAX_UPLOAD_MB": "5000"}, "'max_upload_mb' .*less than or equal to 1024"),
     ({"MAX_IMAGE_MEGAPIXELS": "0"}, "'max_image_megapixels' .*greater than 0"),
+    ({"REQUEST_TIMEOUT_S": "0"}, "'request_timeout_s' .*greater than 0, but it is '0'"),
+    ({"CORS_ORIGINS": "a.example"}, "'cors_origins' .*should match"),
     ({"LOG_FORMAT": "xml"}, "'log_format' .*'text' or 'json', but it is 'xml'"),
     ({"TRUSTED_HOPS": "yes"}, "'trusted_hops' .*valid integer, .*but it is 'yes'"),
     ({"MAX_WAITNG": "1"}, "unknown setting 'max_waitng' (environment); did you mean 'max_waiting'"),

@@ -30,13 +30,14 @@ class LocalBackend:
         self._engine: Engine | None = None
         self._lock = threading.Lock()
         self._next_line = 0.0
-        threading.Thread(target=self._load, name="loader", daemon=True).start()
+        self._closed = threading.Event()
+        threading.Thread(target=self._run, name="local-backend", daemon=True).start()
 
     def status(self) -> Status:
-        """See ``backends.Backend``."""
-        if (engine := self._engine) is not None and (failure := engine.failure):
-            return failure
-        return self._status
+        """See ``backends.Backend``. FAILED too while one step takes longer than it may."""
+        if (engine := self._engine) is None:
+            return self._status
+        return engine.failure or self._stalled(engine) or self._status
 
     def stats(self) -> BackendStats:
         """See ``backends.Backend``."""
@@ -45,7 +46,7 @@ class LocalBackend:
 
     def generate(self, request: GenerationRequest) -> Generation:
         """See ``backends.Backend``."""
-        require_ready(self._status)
+        require_ready(self.status())
         with self._lock:
             engine = self._engine
         if engine is None:  # closed since the line above
@@ -57,8 +58,32 @@ class LocalBackend:
         with self._lock:
             self._status = Status(Phase.DRAINING, "the service is stopping")
             engine, self._engine = self._engine, None
+        self._closed.set()
         if engine:
             engine.close()
+
+    def _stalled(self, engine: Engine) -> Status | None:
+        began, limit = engine.step_began, self._settings.stall_timeout_s
+        if began is None or (spent := time.monotonic() - began) <= limit:
+            return None
+        return Status(
+            Phase.FAILED, f"the engine has made no progress for {spent:.0f} s", began + limit
+        )
+
+    # From here on: the backend's own thread.
+
+    def _run(self) -> None:
+        """Load, then look now and then whether the engine still moves, whoever asks or not."""
+        self._load()
+        stalled = False
+        while not self._closed.wait(min(1.0, self._settings.stall_timeout_s / 4)):
+            engine = self._engine
+            status = self._stalled(engine) if engine else None
+            if status and not stalled:
+                log.critical("%s; if this lasts, restart the service", status.message)
+            elif stalled and not status:
+                log.warning("the engine makes progress again")
+            stalled = status is not None
 
     def _start(self) -> Engine:
         # Not at the top: importing torch and transformers takes seconds, in which /livez is to
@@ -104,7 +129,7 @@ class LocalBackend:
         except ModelLoadError as error:
             log.error("the model can't be loaded: %s", error)
             status = Status(Phase.FAILED, str(error))
-        except Exception:
+        except BaseException:  # a library's SystemExit too, or it would be loading for ever
             log.exception("the model can't be loaded")
             status = Status(Phase.FAILED, "an unexpected error while loading; the log has it")
         with self._lock:

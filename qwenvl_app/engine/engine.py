@@ -12,7 +12,7 @@ import torch
 
 from qwenvl_app.engine.executor import FAILED, Executor, Outcome
 from qwenvl_app.engine.memory import gpu_memory
-from qwenvl_app.engine.model import LoadedModel, Runner, patches, prepare
+from qwenvl_app.engine.model import LoadedModel, Runner, prepare
 from qwenvl_app.engine.prefix_cache import PrefixCache, image_key
 from qwenvl_app.engine.sampling import Sampler, repeats_itself
 from qwenvl_app.engine.scheduler import Plan, Scheduler
@@ -24,6 +24,7 @@ from qwenvl_app.errors import (
     ServiceError,
     TooLarge,
     Unavailable,
+    is_out_of_memory,
 )
 from qwenvl_app.generation import BackendStats, FinishReason, GenerationRequest, Phase, Status
 
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 _MAX_FAILURES = 3  # without one good answer between them: it is not the requests that are at fault
 _CHECK_REPETITION = 16  # tokens between two looks
 _LEAST_TOKENS = 128  # of KV cache, to be of any use
+_PATIENCE_S = 10.0  # for the last step, when closing
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Engine:
         self._failures = 0
         self.failure: Status | None = None  # once nothing works any more
         self.steps = 0
+        self.step_began: float | None = None  # time.monotonic(), while a step is running
         log.info(
             "KV cache: %d bytes a token, room for %d tokens",
             self._runner.layout.token_bytes,
@@ -133,16 +136,25 @@ class Engine:
                 raise InternalError(FAILED)
             if self._closed:
                 raise Unavailable.stopping()
+            # During a long step those who come and leave would pile up, pictures and all.
+            for left in [each for each in self._inbox if each.cancelled]:
+                self._inbox.remove(left)
+                left.finish(FinishReason.CANCELLED)
             self._inbox.append(sequence)
             self._wake.notify()
         return sequence
 
     def close(self) -> None:
-        """End whatever runs or waits with Unavailable, and the thread. Any number of times."""
+        """End whatever runs or waits with Unavailable, and the thread. Any number of times.
+
+        A step that does not end is waited for, but not for ever.
+        """
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(_PATIENCE_S)
+        if self._thread.is_alive():
+            log.error("the engine's thread is stuck in a step and is left behind")
 
     def _prepare(self, request: GenerationRequest, arrived: float) -> Sequence:
         loaded, sampling = self._loaded, request.sampling
@@ -158,7 +170,7 @@ class Engine:
             inputs.image_key = image_key(request.image, self._salt)
             prefix = self.prefixes.get(inputs.image_key)
         if prefix is None:
-            inputs.pixels = patches(loaded, request.image)
+            inputs.pixels = loaded.patcher.patches(request.image)
         most = self._options.max_new_tokens
         limit = min(sampling.max_new_tokens or most, most, room)
         sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)
@@ -203,12 +215,15 @@ class Engine:
     def step(self) -> None:
         """One step of all that are here: schedule, run, post-process."""
         self.steps += 1
+        self.step_began = time.monotonic()
         try:
             plan = self._schedule()
             outcomes = self._executor.execute(plan, self._scheduler.rows)
             self._post_process(outcomes)
         except Exception as error:
             self._fail(error)
+        finally:
+            self.step_began = None
 
     def _schedule(self) -> Plan[Sequence]:
         now = time.monotonic()
@@ -262,8 +277,9 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         """End what runs, and go on with an empty cache, unless that is no use any more."""
-        log.exception("a step failed; %d requests end with it", self.running)
-        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        ids = ", ".join(sequence.request_id for sequence in self._scheduler.rows)
+        log.exception("a step failed, and the requests in it end: %s", ids)
+        exhausted = is_out_of_memory(error)
         # A fatal CUDA error stays with the process: everything after it fails too.
         fatal = isinstance(error, torch.AcceleratorError)
         for sequence in list(self._scheduler.rows):

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +21,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3VLForConditionalGeneration,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from qwenvl_app.engine import progress
 from qwenvl_app.engine.checkpoint import check, find
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
+from qwenvl_app.engine.pixels import Patcher
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
 from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.errors import ModelLoadError
@@ -44,6 +45,11 @@ class LoadedModel:
     image_processor: Any  # Qwen2VLImageProcessorPil
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptBuilder
+
+    @cached_property
+    def patcher(self) -> Patcher:
+        """Of ``image_processor``. Raises ModelLoadError."""
+        return Patcher(self.image_processor)
 
 
 def load(
@@ -93,39 +99,14 @@ def load(
     return LoadedModel(model.eval(), processor, control, prompts)
 
 
-def grid_of(loaded: LoadedModel, image: Image) -> tuple[int, int, int]:
-    """Patches that ``image`` will have: time, rows, columns. Nothing is computed for it."""
-    processor = loaded.image_processor
-    side, size = processor.patch_size, processor.size
-    height, width = smart_resize(
-        image.height,
-        image.width,
-        side * processor.merge_size,
-        min_pixels=size["shortest_edge"],
-        max_pixels=size["longest_edge"],
-    )
-    return 1, height // side, width // side
-
-
 def prepare(loaded: LoadedModel, image: Image, text: str) -> Inputs:
     """The inputs of one picture and one question, but for the pixels. On the request's thread."""
-    grid = grid_of(loaded, image)
+    grid = loaded.patcher.grid(image)
     prompt = loaded.prompts.build(text, grid)
     first = prompt.token_types.index(1)
     image_tokens = range(first, first + sum(prompt.token_types))
-    positions = mrope_positions(
-        len(prompt.input_ids), image_tokens, grid, loaded.image_processor.merge_size
-    )
+    positions = mrope_positions(len(prompt.input_ids), image_tokens, grid, loaded.patcher.merge)
     return Inputs(prompt.input_ids, positions, grid, image_tokens)
-
-
-def patches(loaded: LoadedModel, image: Image) -> torch.Tensor:
-    """The picture for the vision tower: (patches, channels * temporal * patch * patch), on the CPU.
-
-    Runs on the request's thread.
-    """
-    pixels: torch.Tensor = loaded.image_processor(images=[image], return_tensors="pt").pixel_values
-    return pixels
 
 
 def mrope_positions(

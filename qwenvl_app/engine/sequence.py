@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenvl_app.engine.detokenizer import Detokenizer, StopStrings
+from qwenvl_app.engine.pixels import Grid
 from qwenvl_app.engine.prefix_cache import Prefix
 from qwenvl_app.engine.sampling import Sampler
-from qwenvl_app.errors import ServiceError
+from qwenvl_app.errors import DeadlineExceeded, ServiceError
 from qwenvl_app.generation import Delta, FinishReason, GenerationRequest, Timings, Usage
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ class Inputs:
 
     ids: list[int]
     positions: torch.Tensor  # (3, tokens): temporal, vertical, horizontal
-    grid: tuple[int, int, int]  # patches: time, rows, columns
+    grid: Grid
     image_tokens: range  # the places in ``ids`` that the picture's features go to
-    pixels: torch.Tensor | None = None  # see ``model.patches``; not needed for a known picture
+    pixels: torch.Tensor | None = None  # see ``pixels.Patcher``; not needed for a known picture
     image_key: bytes | None = None
 
 
@@ -123,8 +124,9 @@ class Sequence:
         return self._cancelled.is_set()
 
     def cancel(self) -> None:
-        """See ``backends.Generation``."""
+        """See ``backends.Generation``. Who iterates is told at once, the slot is free soon."""
         self._cancelled.set()
+        self._events.put(FinishReason.CANCELLED)
 
     def start(self) -> None:
         """It has a slot now."""
@@ -157,7 +159,7 @@ class Sequence:
         """See ``backends.Generation``. Text is made here, not on the engine's thread."""
         detokenizer, stops, count = Detokenizer(self._tokenizer), StopStrings(self.params.stop), 0
         while True:
-            event = self._events.get()
+            event = self._next()
             if isinstance(event, ServiceError):
                 raise event
             if isinstance(event, FinishReason):
@@ -168,13 +170,23 @@ class Sequence:
             count += len(event)
             text, stopped = stops.push(detokenizer.push(event))
             if stopped:
-                self.cancel()
-                while isinstance(event := self._events.get(), list):
+                self._cancelled.set()
+                while isinstance(event := self._next(), list):
                     pass  # what came after the stop string
                 yield self._last(text, FinishReason.STOP, count)
                 return
             if text:
                 yield Delta(text)
+
+    def _next(self) -> Event:
+        """What the engine says next, or that it is too late: a stuck engine holds nobody."""
+        if self.deadline is None:
+            return self._events.get()
+        try:
+            return self._events.get(timeout=max(0.0, self.deadline - time.monotonic()))
+        except queue.Empty:
+            self.cancel()
+            return DeadlineExceeded()
 
     def _last(self, text: str, reason: FinishReason, count: int) -> Delta:
         usage = Usage(self.prompt_length, count, self.cached)

@@ -14,11 +14,10 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
+from qwenvl_app.engine.pixels import Grid
 from qwenvl_app.engine.sequence import Features, Sequence
 
 _SMALL = 4096  # patches in all: what is kept for later is at most a few MB each
-
-Grid = tuple[int, int, int]  # patches: time, rows, columns
 
 
 class Geometry(NamedTuple):
@@ -45,12 +44,13 @@ class Tower:
         return self._known(grids) if small else self._measure(grids)
 
     def embed(self, pixels: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-        """Pixels (patches, values) to what the first layer takes (patches, hidden)."""
+        """Pixels as ``Patcher`` makes them to what the first layer takes (patches, hidden)."""
         # patch_embed's convolution, whose kernel is its stride: a product, and several times faster
         # as one, on a CPU and on some GPUs (pytorch #174051).
         proj = self.visual.patch_embed.proj
         pixels = pixels.to(device=proj.weight.device, dtype=proj.weight.dtype)
-        hidden = F.linear(pixels, proj.weight.flatten(1), proj.bias)
+        frames = pixels[:, :, None].expand(-1, -1, proj.weight.shape[2], -1, -1)
+        hidden = F.linear(frames.flatten(1), proj.weight.flatten(1), proj.bias)
         places = (self.visual.pos_embed(geometry.indices) * geometry.weights[:, :, None]).sum(1)
         hidden += places.to(hidden.dtype)
         return hidden

@@ -7,7 +7,15 @@ import logging
 from flask import Flask, Response, current_app, g, jsonify
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from qwenvl_app.errors import INTERNAL_PREFIX, InternalError, ServiceError, TooLarge
+from qwenvl_app.errors import (
+    INTERNAL_PREFIX,
+    InternalError,
+    ServiceError,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    is_out_of_memory,
+)
 from qwenvl_app.web import accounts
 
 log = logging.getLogger(__name__)
@@ -28,6 +36,8 @@ def _service_error(error: ServiceError) -> Response:
     response.status_code = error.status
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, Unauthorized):
+        response.headers["WWW-Authenticate"] = "Bearer"
     return response
 
 
@@ -47,4 +57,6 @@ def _http_error(error: HTTPException) -> Response:
 
 def _unexpected(error: Exception) -> Response:
     log.error("unexpected error (request %s)", g.request_id, exc_info=error)
+    if is_out_of_memory(error):
+        return _service_error(Unavailable.exhausted())
     return _service_error(InternalError("处理请求时发生意外错误，请稍后重试。"))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flask import Blueprint, Response, jsonify
 
-from qwenvl_app.backends import Backend
-from qwenvl_app.generation import Phase
+from qwenvl_app.generation import Phase, Status
 from qwenvl_app.metrics import CONTENT_TYPE, Metrics
 
 
-def blueprint(backend: Backend, metrics: Metrics) -> Blueprint:
+def blueprint(status: Callable[[], Status], metrics: Metrics) -> Blueprint:
     """The routes, bound to what they tell of."""
     routes = Blueprint("ops", __name__)
 
@@ -22,11 +23,9 @@ def blueprint(backend: Backend, metrics: Metrics) -> Blueprint:
     @routes.get("/health", provide_automatic_options=False)
     def readyz() -> Response:
         """200 only when a request would be answered; else 503, with the phase and its age."""
-        status = backend.status()
-        response = jsonify(
-            phase=status.phase, phase_seconds=round(status.age, 1), message=status.message
-        )
-        response.status_code = 200 if status.phase is Phase.READY else 503
+        now = status()
+        response = jsonify(phase=now.phase, phase_seconds=round(now.age, 1), message=now.message)
+        response.status_code = 200 if now.phase is Phase.READY else 503
         return response
 
     @routes.get("/metrics", provide_automatic_options=False)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flask import Blueprint, Response, g, jsonify, request
+from werkzeug.exceptions import ClientDisconnected
 
 from qwenvl_app.admission import Admission
 from qwenvl_app.backends import Backend, require_ready
-from qwenvl_app.errors import BadRequest
-from qwenvl_app.generation import GenerationRequest, SamplingParams
+from qwenvl_app.caller import Caller
+from qwenvl_app.errors import BadRequest, ClientGone, TooLarge
+from qwenvl_app.generation import GenerationRequest, SamplingParams, Status
 from qwenvl_app.images import decode_image
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import accounts
+from qwenvl_app.web.departures import Departures
 from qwenvl_app.web.forms import read_form
 from qwenvl_app.web.schema import RecognizeForm
 
 
-def blueprint(settings: Settings, backend: Backend, admission: Admission) -> Blueprint:
+def blueprint(
+    settings: Settings,
+    backend: Backend,
+    admission: Admission,
+    departures: Departures,
+    status: Callable[[], Status],
+) -> Blueprint:
     """The route, bound to what answers it."""
     routes = Blueprint("recognize", __name__)
     sampling = SamplingParams(repetition_limit=settings.repetition_limit)
@@ -24,25 +35,49 @@ def blueprint(settings: Settings, backend: Backend, admission: Admission) -> Blu
     @routes.post("/v1/image/recognize", strict_slashes=False, provide_automatic_options=False)
     def recognize() -> Response:
         record = accounts.current()
-        with record.stage("read"):
-            form = RecognizeForm.parse(read_form(request))
-        kind = form.image.content_type
-        if not kind or not kind.startswith("image/"):
-            raise BadRequest(f"上传的文件必须是图片类型，但收到的是 {kind}。")
-        require_ready(backend.status())
-        with admission.admit() as waited:
-            record.stages["queue"] = waited
-            with record.stage("image"):
-                image = decode_image(form.image.data, max_megapixels=settings.max_image_megapixels)
-            record.pixels = image.width * image.height
-            record.submit()
-            generation = backend.generate(
-                GenerationRequest(image, form.prompt, g.request_id, sampling)
-            )
-            try:
-                result = "".join(record.take(delta) for delta in generation)
-            finally:
-                generation.cancel()
+        caller = Caller(record.arrived + settings.request_timeout_s)
+        with departures.watch(request.environ.get("gunicorn.socket"), caller):
+            with record.stage("read"):
+                form = _read(settings, caller)
+            require_ready(status())
+            with admission.admit(caller) as waited:
+                record.stages["queue"] = waited
+                result = _answer(form, caller)
         return jsonify(status="success", result=result)
 
+    def _answer(form: RecognizeForm, caller: Caller) -> str:
+        record = accounts.current()
+        with record.stage("image"):
+            image = decode_image(form.image.data, max_megapixels=settings.max_image_megapixels)
+        record.pixels = image.width * image.height
+        caller.check()
+        record.submit()
+        generation = backend.generate(
+            GenerationRequest(image, form.prompt, g.request_id, sampling, deadline=caller.deadline)
+        )
+        try:
+            with caller.on_leaving(generation.cancel):
+                result = "".join(record.take(delta) for delta in generation)
+        finally:
+            generation.cancel()
+        caller.check()
+        return result
+
     return routes
+
+
+def _read(settings: Settings, caller: Caller) -> RecognizeForm:
+    """The form, within all limits that can be checked without work."""
+    caller.check()
+    try:
+        fields = read_form(request)
+    except ClientDisconnected:
+        raise ClientGone from None
+    caller.check()
+    form = RecognizeForm.parse(fields)
+    kind = form.image.content_type
+    if not kind or not kind.startswith("image/"):
+        raise BadRequest(f"上传的文件必须是图片类型，但收到的是 {kind}。")
+    if (length := len(form.prompt)) > settings.max_prompt_chars:
+        raise TooLarge(f"提示词为 {length} 个字符，超过 {settings.max_prompt_chars} 个字符的限制。")
+    return form

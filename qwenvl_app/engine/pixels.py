@@ -1,0 +1,72 @@
+"""An RGB image to the vision tower's patches, as the checkpoint's image processor would.
+
+transformers' ``Qwen2VLImageProcessorPil`` gives the same to the last bit but one. But it copies a
+picture seven times on the way, and a 12-megapixel photo then takes five times as long, 1.4 s more
+on one core: longer than all else that happens before its first token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image as Images
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from qwenvl_app.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Grid = tuple[int, int, int]  # patches: time, rows, columns
+
+
+class Patcher:
+    """What a processor's configuration says, applied. May be called on any thread.
+
+    Raises ModelLoadError for a processor that does not resize, rescale and normalise.
+    """
+
+    def __init__(self, processor: Any):
+        for step in ("do_resize", "do_rescale", "do_normalize"):
+            if not getattr(processor, step):
+                raise ModelLoadError(f"preprocessor_config.json has {step} off; it must be on")
+        self.side, self.merge = processor.patch_size, processor.merge_size
+        self._least, self._most = processor.size["shortest_edge"], processor.size["longest_edge"]
+        self._resample = Images.Resampling(processor.resample)
+        # (value * factor - mean) / std, as one product and one sum a channel.
+        mean, std = (
+            np.asarray(values, np.float32).reshape(3, 1, 1)
+            for values in (processor.image_mean, processor.image_std)
+        )
+        self._scale, self._shift = np.float32(processor.rescale_factor) / std, -mean / std
+
+    def grid(self, image: Image) -> Grid:
+        """Patches that ``image`` will have. Nothing is computed for it."""
+        height, width = smart_resize(
+            image.height,
+            image.width,
+            self.side * self.merge,
+            min_pixels=self._least,
+            max_pixels=self._most,
+        )
+        return 1, height // self.side, width // self.side
+
+    def patches(self, image: Image) -> torch.Tensor:
+        """Float32 (patches, 3, side, side), on the CPU: those that are merged, side by side.
+
+        The tower wants two frames; a still picture is twice the same, which is left to it.
+        """
+        side, merge = self.side, self.merge
+        _, rows, columns = self.grid(image)
+        if image.size != (columns * side, rows * side):
+            image = image.resize((columns * side, rows * side), self._resample)
+        blocks = np.asarray(image).reshape(
+            rows // merge, merge, side, columns // merge, merge, side, 3
+        )
+        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)
+        pixels = np.empty(blocks.shape, np.float32)
+        np.multiply(blocks, self._scale, out=pixels)
+        pixels += self._shift
+        return torch.from_numpy(pixels.reshape(-1, 3, side, side))

@@ -1,0 +1,148 @@
+"""Clients that leave at any moment, and more of them than there is room for."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.server import Server
+from tests.wire import END, GOOD, MULTIPART, ROUTE, exchange, part, picture, post, send
+
+KILLING_S = 8  # also run with 60
+CROWD_S = 6  # this too
+BOUND_S = 10  # that a request may take in all
+COLORS = ("red", "green", "blue", "black")
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(
+        tmp_path_factory.mktemp("probed") / "log",
+        "tests.e2e.probe_app:app",
+        QWENVL_QUEUE_TIMEOUT_S="3",
+        QWENVL_REQUEST_TIMEOUT_S=str(BOUND_S),
+    )
+    try:
+        server.wait()
+        assert post(server.port, GOOD).status == 200
+        yield server
+    finally:
+        assert server.stop() == 0
+        assert "Traceback" not in server.log.read_text()
+
+
+def debug(server: Server) -> dict:
+    return json.loads(send(server.port, "GET", "/debug").body)
+
+
+def settled(server: Server, before: dict) -> dict:
+    """Wait until everything is as it was before; returns what was recorded meanwhile."""
+    deadline = time.monotonic() + 10
+    while True:
+        now = debug(server)
+        same = all(now[key] == before[key] for key in ("idle", "threads", "files"))
+        if same and not any(now["idle"].values()):
+            return now
+        assert time.monotonic() < deadline, (before, now)
+        time.sleep(0.05)
+
+
+def request(color: str, number: str) -> bytes:
+    body = part("image", picture("circle", color), "a.png", "image/png")
+    body += part("prompt", b"what color is the shape?") + END
+    head = f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-ID: {number}\r\n"
+    head += f"Content-Type: {MULTIPART}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def run(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_clients_killed_at_random_moments(probed: Server):
+    """The engine went on for them, and nobody else had their permits meanwhile."""
+    before = settled(probed, debug(probed))
+    end = time.monotonic() + KILLING_S
+    left: dict[str, float] = {}
+    stayed: Counter[int] = Counter()
+    wrong: list[object] = []
+
+    def leave(rng: random.Random, sent: bytes, number: str) -> None:
+        with socket.create_connection(("127.0.0.1", probed.port), 10) as connection:
+            if rng.random() < 0.2:
+                sent = sent[: rng.randrange(len(sent))]
+            connection.sendall(sent)
+            time.sleep(rng.random() * rng.choice((0.01, 0.1, 1.5)))
+            if rng.random() < 0.5:  # a reset
+                linger = struct.pack("ii", 1, 0)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        left[number] = time.monotonic()
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        for turn in range(10**6):
+            if time.monotonic() > end:
+                return
+            number, color = f"{seed}-{turn}", rng.choice(COLORS)
+            if rng.random() < 0.8:
+                leave(rng, request(color, number), number)
+                continue
+            answer = exchange(probed.port, request(color, number))
+            stayed[answer.status] += 1
+            if answer.status == 200 and json.loads(answer.body)["result"] != color:
+                wrong.append(answer)
+
+    run([threading.Thread(target=client, args=(seed,)) for seed in range(10)])
+    after = settled(probed, before)
+    assert wrong == []
+    assert set(stayed) <= {200, 503}
+    assert stayed[200]
+    steps = {number: at for number, at in after["last_step"].items() if number in left}
+    assert steps
+    assert max(at - left[number] for number, at in steps.items()) < 1
+    assert post(probed.port, GOOD).status == 200
+
+
+def test_a_hundred_clients_at_once(probed: Server):
+    """Each gets a right answer or a 503 that says when to come back, in time and in turn."""
+    before = settled(probed, debug(probed))
+    end = time.monotonic() + CROWD_S
+    lock, seen, wrong = threading.Lock(), Counter[int](), []
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        while time.monotonic() < end:
+            color, began = rng.choice(COLORS), time.monotonic()
+            answer = exchange(probed.port, request(color, "crowd"))
+            body, took = json.loads(answer.body), time.monotonic() - began
+            right = {
+                200: body.get("result") == color,
+                503: body.get("detail") == "服务器繁忙，请稍后重试。"
+                and 1 <= int(answer.headers.get("retry-after", 0)) <= 60,
+            }
+            with lock:
+                seen[answer.status] += 1
+                if not right.get(answer.status) or took > BOUND_S + 1:
+                    wrong.append((answer, took))
+            time.sleep(0.2)
+
+    run([threading.Thread(target=client, args=(seed,)) for seed in range(100)])
+    after = settled(probed, before)
+    assert wrong == []
+    assert seen[200] > 20
+    assert seen[503] > 20
+    assert max(after["waits"]) < 3 + 1
+    granted = after["granted"][len(before["granted"]) :]
+    assert len(granted) > 20
+    assert granted == sorted(granted)

@@ -1,0 +1,107 @@
+"""API keys: who may ask, and that a key is seen nowhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from qwenvl_app import create_app
+from qwenvl_app.settings import SettingsError, load_settings
+from tests.wire import GOOD, MULTIPART, ROUTE
+
+KEYS = "first-key, 密钥,third-key"
+
+
+@pytest.fixture
+def guarded(backend):
+    return create_app(load_settings({"QWENVL_API_KEYS": KEYS}), backend).test_client()
+
+
+def ask(client, authorization: str | None = None):
+    headers = {} if authorization is None else {"Authorization": authorization}
+    return client.post(ROUTE, data=GOOD, content_type=MULTIPART, headers=headers)
+
+
+def test_no_keys_no_question(client):
+    assert ask(client).status_code == 200
+    assert ask(client, "Bearer whatever").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "Bearer first-key",
+        "bearer third-key",
+        "Bearer   first-key ",
+        "Bearer " + "密钥".encode().decode("latin-1"),
+    ],
+)
+def test_one_of_the_keys_is_enough(guarded, sent):
+    assert ask(guarded, sent).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer first-ke",
+        "Bearer first-key2",
+        "Bearer FIRST-KEY",
+        "Bearer first-key,third-key",
+        "Bearer first-key, 密钥,third-key".encode().decode("latin-1"),
+        "Basic first-key",
+        "first-key",
+        "Bearer \xff\xfe",
+    ],
+)
+def test_anything_else_is_refused(guarded, backend, sent):
+    answer = ask(guarded, sent)
+    assert answer.status_code == 401
+    assert answer.json == {"detail": "缺少有效的 API 密钥。"}
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert answer.headers["X-Request-ID"]
+    assert backend.requests == []
+
+
+def test_a_refusal_comes_before_the_body_is_read(guarded):
+    class Untouchable(io.RawIOBase):
+        def readinto(self, _buffer):
+            raise AssertionError("the body was read")
+
+    answer = guarded.post(ROUTE, environ_overrides={"wsgi.input": Untouchable()})
+    assert answer.status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health"])
+def test_health_stays_open(guarded, path):
+    assert guarded.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/nope", ROUTE, "/livez/../x", "//livez", "/LIVEZ"])
+def test_nothing_else_does(guarded, path):
+    assert guarded.get(path).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("", []), (" , ", []), ("a", ["a"]), ("a, b,", ["a", "b"]), (["a", "b,c"], ["a", "b,c"])],
+)
+def test_keys_in_the_settings(value, expected):
+    settings = load_settings({}, api_keys=value)
+    assert [key.get_secret_value() for key in settings.api_keys] == expected
+
+
+@pytest.mark.parametrize("value", [["secret-1", ""], ["secret-1", 7], 12345])
+def test_a_key_is_never_shown(value):
+    """Not even the wrong one: the message goes to a log."""
+    with pytest.raises(SettingsError) as error:
+        load_settings({}, api_keys=value)
+    assert "api_keys" in str(error.value)
+    assert "secret" not in str(error.value)
+    assert "12345" not in str(error.value)
+    assert "secret" not in repr(load_settings({}, api_keys=["secret-1"]))
+    assert "secret" not in load_settings({}, api_keys=["secret-1"]).model_dump_json()

@@ -1,0 +1,162 @@
+"""Real sockets: who leaves is noticed, who stays is not, and numbers are used again."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwenvl_app.caller import Caller
+from qwenvl_app.web.departures import Departures
+
+
+@pytest.fixture
+def departures() -> Iterator[Departures]:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    departures = Departures()
+    yield departures
+    assert departures.watched == 0
+    departures.close()
+    departures.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+    return client, server
+
+
+def caller() -> Caller:
+    return Caller(time.monotonic() + 60)
+
+
+def close(client: socket.socket) -> None:
+    client.close()
+
+
+def reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def close_behind_unread_bytes(client: socket.socket) -> None:
+    client.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+    client.close()
+
+
+@pytest.mark.parametrize("pair", [tcp_pair, socket.socketpair])
+@pytest.mark.parametrize("leave", [close, reset, close_behind_unread_bytes])
+def test_a_client_that_leaves_is_noticed(departures: Departures, pair, leave):
+    client, server = pair()
+    with server:
+        who, told = caller(), threading.Event()
+        with departures.watch(server, who), who.on_leaving(told.set):
+            leave(client)
+            assert told.wait(5)
+        assert who.gone
+
+
+def test_a_client_that_has_left_before_is_known_before_any_work(departures: Departures):
+    """gthread starts requests whose client has given up while they waited for a thread."""
+    client, server = tcp_pair()
+    with server:
+        client.close()
+        time.sleep(0.05)
+        who = caller()
+        with departures.watch(server, who):
+            assert who.gone
+
+
+def test_a_client_that_sends_more_has_not_left(departures: Departures):
+    """Pipelined bytes make a socket readable; looking at that alone took it for an end."""
+    client, server = tcp_pair()
+    with client, server:
+        who, told = caller(), threading.Event()
+        with departures.watch(server, who), who.on_leaving(told.set):
+            client.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+            assert not told.wait(0.1)
+        assert not who.gone
+
+
+def test_who_leaves_afterwards_is_nobodys_business(departures: Departures):
+    client, server = tcp_pair()
+    with server:
+        who = caller()
+        with departures.watch(server, who):
+            pass
+        client.close()
+        time.sleep(0.05)
+        assert not who.gone
+
+
+def test_no_socket_no_watch(departures: Departures):
+    who = caller()
+    with departures.watch(None, who):
+        assert departures.watched == 0
+    client, server = socket.socketpair()
+    client.close()
+    server.close()
+    with departures.watch(server, who):
+        assert departures.watched == 0
+    assert not who.gone
+
+
+def test_a_failing_callback_does_not_blind_the_thread(departures: Departures, caplog):
+    def fail() -> None:
+        raise RuntimeError("boom")
+
+    for callback in (fail, None):
+        client, server = tcp_pair()
+        with server:
+            who, told = caller(), threading.Event()
+            with departures.watch(server, who), who.on_leaving(callback or told.set):
+                client.close()
+                if callback is None:
+                    assert told.wait(5)
+                while not who.gone:
+                    time.sleep(0.001)
+    assert "boom" in caplog.text
+
+
+def test_after_the_end_nothing_is_watched(departures: Departures):
+    client, server = tcp_pair()
+    with client, server:
+        who = caller()
+        with departures.watch(server, who):
+            departures.close()
+        with departures.watch(server, who):
+            assert departures.watched == 0
+
+
+def test_many_at_once_with_the_same_numbers_again_and_again(departures: Departures):
+    """A number that is closed is another connection's at once: nobody may be taken for another."""
+    wrong: list[str] = []
+
+    def work(number: int) -> None:
+        for turn in range(60):
+            client, server = tcp_pair()
+            with server:
+                who, told = caller(), threading.Event()
+                leaves = (number + turn) % 2 == 0
+                with departures.watch(server, who), who.on_leaving(told.set):
+                    if leaves:
+                        client.close()
+                        if not told.wait(5):
+                            wrong.append("not noticed")
+                    elif told.wait(0.001):
+                        wrong.append("taken for another")
+                client.close()  # a moment before the number is free: its event may still come
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

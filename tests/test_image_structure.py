@@ -1,0 +1,114 @@
+"""Files of too many pieces are refused unread, and real ones are not."""
+
+from __future__ import annotations
+
+import struct
+from contextlib import suppress
+
+import pytest
+
+from qwenvl_app.image_structure import ExcessiveStructureError, check_structure
+from tests import pictures as p
+from tests.wire import PNG, picture
+
+
+@pytest.mark.parametrize(
+    "file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "MPO"]
+)
+def test_ordinary_files_pass(file_format: str):
+    check_structure(picture(file_format=file_format))
+
+
+def big_endian(*tags: tuple[int, int, int, int]) -> bytes:
+    entries = b"".join(
+        struct.pack(">HHL", *tag[:3]) + struct.pack(">HH", tag[3], 0) for tag in tags
+    )
+    return b"MM\0*\0\0\0\x08" + struct.pack(">H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        p.jpeg_with(p.segment(0xFE) * 1001),
+        # Each piece was joined to all before it: 4 MB took half a minute.
+        p.jpeg_with(p.segment(0xE1, b"Exif\0\0" + bytes(50_000)) * 22),
+        p.jpeg_with(b"\xff" * 70_000),
+        p.jpeg_with(p.segment(0xFE) + bytes(70_000)),
+        # Pillow takes no notice of this marker's length, so that what it covers counts.
+        p.jpeg_with(b"\xff\xf0\x7f\xff" + p.segment(0xFE) * 1001),
+        p.progressive(33),
+        p.png_with(p.chunk(b"tEXt", b"a\0b") * 257),
+        p.png_with(p.chunk(b"IDAT") * 20_001),
+        p.gif_with(b"!\xfe\0" * 20_001),
+        p.gif_with(b"!\xfe" + b"\1a" * 20_001 + b"\0"),
+        p.gif_with(bytes([1]) * 20_001),
+        p.tiff((282, 5, 500_001, b"1234")),
+        p.tiff(*((1000 + i, 3, 1, b"\1\0") for i in range(4100))),
+        p.tiff((322, 4, 1, struct.pack("<L", 4097)), (323, 3, 1, struct.pack("<H", 4097))),
+        big_endian((322, 3, 1, 4097), (323, 3, 1, 4097)),
+        p.tiff((34665, 4, 1, struct.pack("<L", 200))).ljust(200, b"\0")
+        + p.directory((1, 5, 500_001, b"1234")),
+    ],
+    ids=[
+        "segments",
+        "EXIF",
+        "fill bytes",
+        "junk",
+        "a marker without a length",
+        "scans",
+        "PNG metadata",
+        "PNG chunks",
+        "GIF blocks",
+        "GIF sub-blocks",
+        "GIF junk",
+        "TIFF numbers",
+        "TIFF tags",
+        "TIFF tile",
+        "TIFF tile in short big-endian numbers",
+        "TIFF EXIF numbers",
+    ],
+)
+def test_too_many_pieces(data: bytes):
+    with pytest.raises(ExcessiveStructureError):
+        check_structure(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        p.jpeg_with(p.segment(0xE1, b"Exif\0\0" + bytes(60_000)) * 10),
+        p.jpeg_with(p.segment(0xE2, b"ICC_PROFILE\0" + bytes(60_000)) * 300),
+        p.progressive(32),
+        # Behind the end of the picture may be a film, as in a phone's moving photo.
+        p.progressive(10) + b"\xff\xda" * 1000,
+        p.png_with(p.chunk(b"tEXt", b"a\0b") * 250),
+        PNG + p.chunk(b"tEXt") * 1000,
+        p.animation("PNG", 2000),
+        p.gif_with(b"!\xfe" + (b"\xff" + bytes(255)) * 19_000 + b"\0"),
+        p.tiff((322, 4, 1, struct.pack("<L", 1024)), (323, 4, 1, struct.pack("<L", 1024))),
+        # A directory that names itself as its own EXIF.
+        p.tiff((34665, 4, 1, struct.pack("<L", 8))),
+    ],
+    ids=[
+        "large EXIF",
+        "large profile",
+        "many scans",
+        "a film",
+        "PNG metadata",
+        "behind a PNG",
+        "APNG",
+        "a long GIF comment",
+        "tiles",
+        "a loop",
+    ],
+)
+def test_unusual_but_real_files_pass(data: bytes):
+    check_structure(data)
+
+
+def test_any_bytes_are_survived():
+    """What is broken raises what a decoder may raise, or nothing."""
+    for data in (PNG, p.JPEG, p.GIF, p.tiff(), picture(file_format="TIFF")):
+        for end in range(len(data)):
+            with suppress(ExcessiveStructureError, struct.error, IndexError):
+                check_structure(data[:end])
