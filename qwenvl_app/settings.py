@@ -42,6 +42,10 @@ class Settings(BaseModel):
     kv_cache_mb: int = Field(ge=0)
     prefix_cache_mb: int = Field(ge=0)
     max_upload_mb: int = Field(ge=1, le=1024)
+    upload_buffer_mb: int = Field(ge=1)
+    header_timeout_s: float = Field(gt=0, allow_inf_nan=False)
+    body_timeout_s: float = Field(gt=0, allow_inf_nan=False)
+    max_connections: int = Field(ge=1, le=65536)
     max_image_megapixels: float = Field(gt=0, le=500, allow_inf_nan=False)
 
 
