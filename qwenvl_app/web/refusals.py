@@ -30,7 +30,6 @@ _KINDS = {
     http.LimitRequestHeaders: (431, "请求的首部过多或过长。"),
     http.ExpectationFailed: (417, "不支持请求首部 Expect 的内容。"),
     http.UnsupportedTransferCoding: (501, "不支持请求的传输编码。"),
-    http.InvalidHTTPVersion: (505, "不支持请求的 HTTP 版本。"),
 }
 
 
@@ -64,6 +63,8 @@ def malformed() -> ServiceError:
 
 def of(error: BaseException) -> ServiceError:
     """What the client is told about an error that gunicorn reports; logged if it is our fault."""
+    if isinstance(error, http.InvalidHTTPVersion) and isinstance(error.version, tuple):
+        return _Refused(505, "不支持请求的 HTTP 版本。")  # and no other text in its place
     if type(error) in _KINDS:
         return _Refused(*_KINDS[type(error)])
     ours = (http.InvalidResponseHeader, http.InvalidResponseHeaderName)

@@ -81,7 +81,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             return False
 
     def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
-        return keepalive and conn.whole  # what was not read of the body is in memory only
+        # What was not read of the body is in memory only; but if its frame was wrong, where the
+        # next request begins is unknown.
+        return keepalive and conn.whole and not conn.parser.mesg.body.failed
 
     def handle_error(
         self, req: Request | None, client: socket.socket, addr: object, exc: BaseException
