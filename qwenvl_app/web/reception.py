@@ -22,7 +22,13 @@ from qwenvl_app.settings import Settings
 from qwenvl_app.web import refusals
 from qwenvl_app.web.framing import Incoming, State
 
-_RECEIVE = 2**20  # bytes at a time: every call may wait for the GIL, so few and large ones
+# Bytes at a time. Of a body much, since every call may wait for the GIL; of a head less, since what
+# belongs to the requests after it is copied with each of them.
+_RECEIVE, _RECEIVE_HEAD = 2**20, 2**16
+SEND_TIMEOUT_S = 10.0  # for a client that does not read its answer
+# Room for answers that a client has not read yet. A connection's next request is taken up only
+# while a third of it is free, so that an answer fits and no thread waits for the client to read.
+_SEND_BUFFER = 2**18
 # A client that is still sending gets to read its answer first: a socket that is closed with bytes
 # unread is reset. For so long, and so many bytes, what it sends is thrown away.
 _LINGER_S = 5.0
@@ -43,6 +49,7 @@ class Connection(TConn):  # type: ignore[misc]
         self.deadline = 0.0
         self.whole = False  # the request that a thread has: it is all there
         self.has_body = False  # and not only a head
+        self.kept = False  # it has had an answer already
         self.lingering: int | None = None  # bytes still to be thrown away; None: not closing yet
 
 
@@ -82,6 +89,7 @@ class Reception:
                 return
             conn = Connection(self.cfg, sock, client, listener.getsockname())
             self.connections[sock] = conn
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             self._renew(conn)
             self.await_request(conn, self.settings.header_timeout_s)
             self._receive(conn)
@@ -139,6 +147,7 @@ class Reception:
 
     def resume(self, conn: Connection) -> None:
         """After an answer: the next request of a connection that is kept."""
+        conn.kept = True
         self.await_request(conn, _LAST_WORDS_S if self.stopping else self.cfg.keepalive)
         if conn.buffered:
             self._begin(conn)
@@ -169,11 +178,13 @@ class Reception:
         conn.close()
 
     def _watch(self, conn: Connection) -> None:
-        if conn not in self._reading:
-            conn.sock.setblocking(False)
-            self._reading.add(conn)
-            ready = partial(self._receive, conn)
-            self.poller.register(conn.sock, selectors.EVENT_READ, ready)
+        ready = partial(self._receive, conn)
+        if conn in self._reading:
+            self.poller.modify(conn.sock, selectors.EVENT_READ, ready)
+            return
+        conn.sock.setblocking(False)
+        self._reading.add(conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, ready)
 
     def _unwatch(self, conn: Connection) -> None:
         if conn in self._reading:
@@ -191,8 +202,9 @@ class Reception:
     def _receive(self, conn: Connection, _sock: object = None) -> None:
         if conn not in self._reading:  # closed since the poller saw it
             return
+        in_head = conn.lingering is None and conn.incoming.state is State.HEAD
         try:
-            count = conn.sock.recv_into(self._scratch)
+            count = conn.sock.recv_into(self._scratch, _RECEIVE_HEAD if in_head else _RECEIVE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -232,5 +244,14 @@ class Reception:
             if conn.incoming.expects_continue:
                 refusals.write(conn.sock, b"HTTP/1.1 100 Continue\r\n\r\n")
         elif state in (State.WHOLE, State.REFUSED):
+            if conn.kept:  # it may not have read its last answer
+                conn.deadline = time.monotonic() + SEND_TIMEOUT_S
+                ready = partial(self._begin_answer, conn)
+                self.poller.modify(conn.sock, selectors.EVENT_WRITE, ready)
+            else:
+                self._begin_answer(conn)
+
+    def _begin_answer(self, conn: Connection, _sock: object = None) -> None:
+        if conn in self._reading:
             self._unwatch(conn)
             self.serve(conn)

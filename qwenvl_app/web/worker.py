@@ -23,13 +23,12 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from qwenvl_app.settings import load_settings
 from qwenvl_app.web import listeners, refusals
-from qwenvl_app.web.reception import Connection, Reception
+from qwenvl_app.web.reception import SEND_TIMEOUT_S, Connection, Reception
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 SPARE_THREADS = 4  # that no request with a body gets: for health checks and metrics
-SEND_TIMEOUT_S = 10.0  # for a client that does not read its answer
 _TICK_S = 0.5
 _KILL_MARGIN_S = 2.0  # by which a stop ends before the master would kill
 _OTHER_FILES = 256  # the model's, the listeners, the log
