@@ -8,6 +8,7 @@ handshake would block the loop, this is the gthread worker as it is.
 
 from __future__ import annotations
 
+import os
 import resource
 import selectors
 import socket
@@ -89,6 +90,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     ) -> None:
         """Answer a request that the application does not."""
         refusals.send(client, refusals.of(exc), req, type(exc).__name__)
+
+    def handle_quit(self, sig: int, frame: object) -> None:
+        """SIGINT and SIGQUIT: end at once, whatever the threads are doing."""
+        os._exit(0)
 
     def run(self) -> None:
         """Serve until told to stop; then answer everybody, and return."""

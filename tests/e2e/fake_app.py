@@ -9,6 +9,8 @@ import os
 import time
 from collections.abc import Iterator
 
+from flask import request
+
 from qwenvl_app import create_app
 from qwenvl_app.generation import Delta, GenerationRequest, Phase, Status
 from tests.fakes import FakeBackend, FakeGeneration
@@ -27,5 +29,13 @@ class SlowBackend(FakeBackend):
 
 backend = SlowBackend("一个", "答案。")
 app = create_app(backend=backend)
+
+
+@app.post("/age")
+def age() -> dict[str, float]:
+    """Seconds since the request's first byte."""
+    return {"age": time.monotonic() - request.environ["qwenvl.arrived"]}
+
+
 if "drain" not in app.extensions["qwenvl"]:
     app.extensions["qwenvl"]["drain"] = lambda: setattr(backend, "phase", Status(Phase.DRAINING))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -92,6 +93,26 @@ def test_192_slow_connections(tmp_path: Path):
     finally:
         server.stop()
     assert "Traceback" not in server.log.read_text()
+
+
+def test_the_application_is_told_when_a_request_began(tmp_path: Path):
+    """On one connection: the second request's age is its own."""
+    server = Server(tmp_path / "log", FAKE)
+    try:
+        server.wait()
+        ages = []
+        with connect(server.port) as connection:
+            for seconds in (1.0, 0.0):
+                connection.sendall(get(length(5), line=b"POST /age HTTP/1.1"))
+                time.sleep(seconds)
+                connection.sendall(b"hello")
+                answer = receive(connection)
+                assert answer is not None
+                ages.append(json.loads(answer.body)["age"])
+        assert ages[0] >= 1
+        assert ages[1] < 1
+    finally:
+        server.stop()
 
 
 def test_100_clients_at_once_leave_threads_for_health_checks(tmp_path: Path):

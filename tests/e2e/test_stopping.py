@@ -107,6 +107,19 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, number: signal.Signals)
         server.stop()
 
 
+def test_ctrl_c_ends_it_at_once(tmp_path: Path):
+    server = Server(tmp_path / "log", FAKE, FAKE_SECONDS="30")
+    try:
+        server.wait()
+        with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+            connection.sendall(REQUEST)
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(5) == 0
+    finally:
+        server.stop()
+
+
 def test_idle_connections_do_not_keep_it(tmp_path: Path):
     server = Server(tmp_path / "log", FAKE)
     try:
