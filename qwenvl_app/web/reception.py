@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import selectors
 import socket
+import struct
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +26,8 @@ from qwenvl_app.web.framing import Incoming, State
 # Bytes at a time. Of a body much, since every call may wait for the GIL; of a head less, since what
 # belongs to the requests after it is copied with each of them.
 _RECEIVE, _RECEIVE_HEAD = 2**20, 2**16
-SEND_TIMEOUT_S = 10.0  # for a client that does not read its answer
+_SEND_TIMEOUT_S = 10  # for a client that does not read its answer
+_SEND_TIMEOUT = struct.pack("ll", _SEND_TIMEOUT_S, 0)  # struct timeval
 # Room for answers that a client has not read yet. A connection's next request is taken up only
 # while a third of it is free, so that an answer fits and no thread waits for the client to read.
 _SEND_BUFFER = 2**18
@@ -90,6 +92,8 @@ class Reception:
             conn = Connection(self.cfg, sock, client, listener.getsockname())
             self.connections[sock] = conn
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            # Not settimeout: with that, Python waits for a third of the buffer before it sends.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SEND_TIMEOUT)
             self._renew(conn)
             self.await_request(conn, self.settings.header_timeout_s)
             self._receive(conn)
@@ -245,7 +249,7 @@ class Reception:
                 refusals.write(conn.sock, b"HTTP/1.1 100 Continue\r\n\r\n")
         elif state in (State.WHOLE, State.REFUSED):
             if conn.kept:  # it may not have read its last answer
-                conn.deadline = time.monotonic() + SEND_TIMEOUT_S
+                conn.deadline = time.monotonic() + _SEND_TIMEOUT_S
                 ready = partial(self._begin_answer, conn)
                 self.poller.modify(conn.sock, selectors.EVENT_WRITE, ready)
             else:

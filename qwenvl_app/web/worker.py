@@ -24,7 +24,7 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from qwenvl_app.settings import load_settings
 from qwenvl_app.web import listeners, refusals
-from qwenvl_app.web.reception import SEND_TIMEOUT_S, Connection, Reception
+from qwenvl_app.web.reception import Connection, Reception
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -73,10 +73,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         req._expected_100_continue = False  # the loop has answered that
         if not conn.whole:
             req.force_close()
-        conn.sock.settimeout(SEND_TIMEOUT_S)
         try:
             return bool(super().handle_request(req, conn))
-        except TimeoutError:
+        except BlockingIOError:  # SO_SNDTIMEO
             self.log.info("a client did not read its answer")
             return False
 
