@@ -17,9 +17,13 @@ def register(app: Flask) -> None:
     app.after_request(_attach)
 
 
+def choose(sent: str) -> str:
+    """The id for a request that came with ``sent``, which may be empty."""
+    return sent if _SANE.fullmatch(sent) else uuid.uuid4().hex
+
+
 def _choose() -> None:
-    sent = request.headers.get(HEADER, "")
-    g.request_id = sent if _SANE.fullmatch(sent) else uuid.uuid4().hex
+    g.request_id = choose(request.headers.get(HEADER, ""))
 
 
 def _attach(response: Response) -> Response:
