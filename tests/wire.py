@@ -97,3 +97,24 @@ def send(
         head += f"Content-Type: {content_type}\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
     return exchange(port, head.encode() + body)
+
+
+def receive(connection: socket.socket, *, head_only: bool = False) -> Answer | None:
+    """Read one answer and no more from a connection; None if it was closed instead."""
+    stream = connection.makefile("rb", buffering=0)
+    lines: list[str] = []
+    while (line := stream.readline()) != b"\r\n":
+        if not line:
+            assert not lines, lines
+            return None
+        lines.append(line.decode("latin-1").strip())
+    headers = {}
+    for text in lines[1:]:
+        name, _, value = text.partition(":")
+        headers[name.lower()] = value.strip()
+    body, missing = b"", 0 if head_only else int(headers.get("content-length", 0))
+    while len(body) < missing:
+        piece = stream.read(missing - len(body))
+        assert piece, "cut off"
+        body += piece
+    return Answer(int(lines[0].split()[1]), headers, body)

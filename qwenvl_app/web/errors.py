@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import gunicorn.http.errors as framing
 from flask import Flask, Response, current_app, g, jsonify
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
@@ -16,7 +17,7 @@ from qwenvl_app.errors import (
     Unavailable,
     is_out_of_memory,
 )
-from qwenvl_app.web import accounts
+from qwenvl_app.web import accounts, refusals
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ def register(app: Flask) -> None:
     """Install the handlers."""
     app.register_error_handler(ServiceError, _service_error)
     app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(framing.ParseException, _broken_body)
+    app.register_error_handler(framing.NoMoreData, _broken_body)
     app.register_error_handler(Exception, _unexpected)
 
 
@@ -53,6 +56,11 @@ def _http_error(error: HTTPException) -> Response:
         if name.lower() != "content-type":
             response.headers[name] = value
     return response
+
+
+def _broken_body(error: Exception) -> Response:
+    """A chunked body whose frame is wrong: gunicorn says so only while it is read."""
+    return _service_error(refusals.of(error))
 
 
 def _unexpected(error: Exception) -> Response:

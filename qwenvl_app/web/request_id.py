@@ -20,9 +20,13 @@ def register(app: Flask) -> None:
     app.teardown_request(_forget)
 
 
+def choose(sent: str) -> str:
+    """The id for a request that came with ``sent``, which may be empty."""
+    return sent if _SANE.fullmatch(sent) else uuid.uuid4().hex
+
+
 def _choose() -> None:
-    sent = request.headers.get(HEADER, "")
-    g.request_id = sent if _SANE.fullmatch(sent) else uuid.uuid4().hex
+    g.request_id = choose(request.headers.get(HEADER, ""))
     logs.request_id.set(g.request_id)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.wire import send
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+FAKE = "tests.e2e.fake_app:app"  # without a model: starts in a second
 
 
 class Server:
@@ -57,6 +58,11 @@ class Server:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         assert len(children) == 1
         return int(children[0])
+
+    def taken(self) -> tuple[int, int]:
+        """File handles and threads of the worker."""
+        proc = Path(f"/proc/{self.worker}")
+        return len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
 
     def stop(self, seconds: float = 30) -> int:
         """SIGTERM, and the exit status."""

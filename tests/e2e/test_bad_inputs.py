@@ -18,15 +18,7 @@ from tests.wire import GOOD, post
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of this module's own, whose processes are looked at."""
-    log = tmp_path_factory.mktemp("attacked") / "log"
-    # glibc keeps what a thread has freed for that thread, blocks of up to 32 MB too: some 300 MB
-    # with 28 threads and pictures of all sizes. It has a limit, but hides what is looked for here.
-    server = Server(
-        log,
-        MALLOC_ARENA_MAX="2",
-        MALLOC_MMAP_THRESHOLD_=str(4 * 2**20),
-        MALLOC_TRIM_THRESHOLD_=str(2**20),
-    )
+    server = Server(tmp_path_factory.mktemp("attacked") / "log")
     try:
         server.wait()
         yield server

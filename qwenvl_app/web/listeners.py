@@ -1,0 +1,41 @@
+"""Listening sockets at the end of their lives, so that no client is reset."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+_DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # struct sock_filter: BPF_RET | BPF_K, 0
+
+
+def owned_alone(sockets: Iterable[socket.socket], master: int) -> bool:
+    """Whether the master has closed these sockets, which it does only when all is to stop.
+
+    While it has them, it starts, or has started, another worker to accept what comes. Without
+    /proc the answer is no.
+    """
+    ours = {os.fstat(sock.fileno()).st_ino for sock in sockets}
+    try:
+        theirs = [entry.stat().st_ino for entry in Path(f"/proc/{master}/fd").iterdir()]
+    except OSError:
+        return False
+    return ours.isdisjoint(theirs)
+
+
+def mute(sock: socket.socket) -> None:
+    """Let no further client connect: its packets are ignored, as if they were lost.
+
+    Closing a listening socket resets clients that are connected but not accepted yet. After this,
+    and ``accept`` until there are none, there are none left to reset; one that tries meanwhile sees
+    its connection refused when the socket is closed. Linux only; elsewhere a moment's gap remains.
+    """
+    code = ctypes.create_string_buffer(_DROP_ALL)
+    program = struct.pack("HP", 1, ctypes.addressof(code))  # struct sock_fprog
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)

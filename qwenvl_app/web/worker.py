@@ -1,0 +1,176 @@
+"""The gunicorn worker: a request takes a thread only once it is there, head and body.
+
+gunicorn's own gthread worker reads on the threads of its pool, so that a client that trickles holds
+one for as long as it likes. Here the main loop reads (``reception.py``) and hands over whole
+requests; gunicorn's parser gets them from memory and no thread ever reads a socket. With TLS, whose
+handshake would block the loop, this is the gthread worker as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import selectors
+import socket
+import time
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from gunicorn.http import Request
+from gunicorn.http.errors import InvalidHeader
+from gunicorn.workers.gthread import ThreadWorker
+
+from qwenvl_app.settings import load_settings
+from qwenvl_app.web import listeners, refusals
+from qwenvl_app.web.reception import Connection, Reception
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+SPARE_THREADS = 4  # that no request with a body gets: for health checks and metrics
+_TICK_S = 0.5
+_KILL_MARGIN_S = 2.0  # by which a stop ends before the master would kill
+_OTHER_FILES = 256  # the model's, the listeners, the log
+
+
+class Worker(ThreadWorker):  # type: ignore[misc]
+    """See the module's docstring. On the pool's threads: the methods named ``handle...``."""
+
+    alive: bool
+    wsgi: WSGIApplication
+    reception: Reception
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.max_keepalived = self.worker_connections  # gthread would want more than threads
+        self._queue: deque[Connection] = deque()  # whole, with a body, waiting for a thread
+        self._bodies = 0  # requests with a body that have one
+        self._busy: set[Connection] = set()  # connections whose request has one
+        self._open = True
+        if self.cfg.is_ssl:
+            self.__class__ = ThreadWorker
+
+    def load_wsgi(self) -> None:
+        """Load the application, and tell it more about every request."""
+        super().load_wsgi()
+        application = self.wsgi
+
+        def informed(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+            conn = self.reception.connections[environ["gunicorn.socket"]]
+            environ["qwenvl.arrived"] = conn.arrived
+            return application(environ, start)
+
+        self.wsgi = informed
+
+    def handle_request(self, req: Request, conn: Connection) -> bool:
+        """Answer; whether the connection can be used again."""
+        if req.version >= (1, 1) and not any(name == "HOST" for name, _ in req.headers):
+            raise InvalidHeader("HOST", req=req)
+        req._expected_100_continue = False  # the loop has answered that
+        if not conn.whole:
+            req.force_close()
+        try:
+            return bool(super().handle_request(req, conn))
+        except BlockingIOError:  # SO_SNDTIMEO
+            self.log.info("a client did not read its answer")
+            return False
+
+    def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
+        # What was not read of the body is in memory only; but if its frame was wrong, where the
+        # next request begins is unknown.
+        return keepalive and conn.whole and not conn.parser.mesg.body.failed
+
+    def handle_error(
+        self, req: Request | None, client: socket.socket, addr: object, exc: BaseException
+    ) -> None:
+        """Answer a request that the application does not."""
+        refusals.send(client, refusals.of(exc), req, type(exc).__name__)
+
+    def handle_quit(self, sig: int, frame: object) -> None:
+        """SIGINT and SIGQUIT: end at once, whatever the threads are doing."""
+        os._exit(0)
+
+    def run(self) -> None:
+        """Serve until told to stop; then answer everybody, and return."""
+        _allow_files(self.worker_connections + _OTHER_FILES)
+        self.reception = Reception(self.cfg, load_settings(), self.poller, self._serve)
+        queue = self.method_queue
+        self.poller.register(queue.fileno(), selectors.EVENT_READ, queue.run_callbacks)
+        while self.alive and self.is_parent_alive():
+            self._turn()
+        self.alive = False
+        self._stop(time.monotonic() + self.cfg.graceful_timeout - _KILL_MARGIN_S)
+        for conn in list(self.reception.connections.values()):
+            conn.close()
+        self.tpool.shutdown(wait=False)
+        self.poller.close()
+        queue.close()
+
+    def accept(self, listener: socket.socket) -> None:
+        """Take new connections."""
+        self.reception.accept(listener)
+
+    def _turn(self) -> None:
+        self.notify()
+        self.set_accept_enabled(self._open and self.reception.has_room)
+        self.wait_for_and_dispatch_events(_TICK_S)
+        self.reception.expire()
+
+    def _serve(self, conn: Connection) -> None:
+        if conn.incoming.has_body:
+            self._queue.append(conn)
+            self._start_queued()
+        else:
+            self._start(conn)
+
+    def _start_queued(self) -> None:
+        """Give bodies to threads, first come first served, while they leave some to spare."""
+        while self._queue and self._bodies < max(1, self.cfg.threads - SPARE_THREADS):
+            self._start(self._queue.popleft())
+
+    def _start(self, conn: Connection) -> None:
+        self.reception.take(conn)
+        self._bodies += conn.has_body
+        self._busy.add(conn)
+        self.enqueue_req(conn)
+
+    def finish_request(self, conn: Connection, fs: Future[bool]) -> None:
+        """The thread is done: wait for the connection's next request, or close it."""
+        self._busy.remove(conn)
+        self._bodies -= conn.has_body
+        self._start_queued()
+        if fs.exception() is None and fs.result():
+            self.reception.resume(conn)
+        else:
+            self.reception.linger(conn)
+
+    def _stop(self, end: float) -> None:
+        """Answer what came before; what comes meanwhile the application refuses with 503."""
+        alone = listeners.owned_alone(self.sockets, self.ppid)
+        self._open = alone  # else another worker is there to accept
+        if drain := getattr(self.app.callable, "extensions", {}).get("qwenvl", {}).get("drain"):
+            drain()
+        self.reception.begin_stop()
+        before = {*self._busy, *self._queue}
+        while before & {*self._busy, *self._queue} and time.monotonic() < end:
+            self._turn()
+        self._open = False
+        self.set_accept_enabled(False)
+        for listener in self.sockets:
+            if alone:
+                listeners.mute(listener)
+                self.accept(listener)
+            listener.close()
+        self.reception.last_orders()
+        while self.reception.connections and time.monotonic() < end:
+            self._turn()
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise the limit on open files, often 1,024, as far as need be and may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -1,0 +1,199 @@
+"""Clients that dawdle, hold on or come in crowds take nothing from the others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.e2e.server import FAKE, Server
+from tests.framing import form, get, length
+from tests.wire import GOOD, exchange, post, receive, send
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), 10)
+
+
+class Crowd(threading.Thread):
+    """Keeps 64 connections of each kind open: silent, a header byte every 2 s, a body byte."""
+
+    HEAD = get(b"Content-Type: text/plain", length(1000), line=b"POST /livez HTTP/1.1")
+
+    def __init__(self, port: int):
+        super().__init__()
+        self.port, self.ended = port, threading.Event()
+
+    def run(self) -> None:
+        kinds = ["silent", "head", "body"] * 64
+        connections: list[socket.socket | None] = [None] * len(kinds)
+        sent = [0] * len(kinds)
+        while not self.ended.wait(2):
+            for number, kind in enumerate(kinds):
+                try:
+                    if (connection := connections[number]) is None:
+                        connection = connections[number] = connect(self.port)
+                        connection.setblocking(False)
+                        sent[number] = 0
+                        connection.send(self.HEAD if kind == "body" else b"")
+                    elif kind != "silent":
+                        connection.send(self.HEAD[sent[number] : sent[number] + 1])
+                        sent[number] += 1
+                    if connection.recv(1000) in (b"",):
+                        raise ConnectionResetError
+                except BlockingIOError:
+                    pass
+                except OSError:  # it was sent away: a new one takes its place
+                    if connection := connections[number]:
+                        connection.close()
+                    connections[number] = None
+        for connection in connections:
+            if connection:
+                connection.close()
+
+
+def settle(server: Server, handles: int, threads: int) -> None:
+    """Wait until the worker has no more handles and threads than it had."""
+    deadline = time.monotonic() + 20
+    while True:
+        now = server.taken()
+        if now[0] <= handles and now[1] <= threads:
+            return
+        assert time.monotonic() < deadline, (now, handles, threads)
+        time.sleep(0.1)
+
+
+def test_192_slow_connections(tmp_path: Path):
+    """gthread had a thread waiting for each of them, and four were enough to stop the service."""
+    server = Server(tmp_path / "log", FAKE)
+    try:
+        server.wait()
+        with ThreadPoolExecutor(40) as pool:  # all threads that there can be are there
+            list(pool.map(lambda _: post(server.port, GOOD), range(200)))
+        time.sleep(1)
+        before = server.taken()
+        crowd = Crowd(server.port)
+        crowd.start()
+        try:
+            end = time.monotonic() + 22  # beyond the limit for a head, so that some are sent away
+            while time.monotonic() < end:
+                assert exchange(server.port, get(b"Connection: close"), timeout=1).status == 200
+                assert post(server.port, GOOD).status == 200
+                time.sleep(0.2)
+            assert server.taken()[0] >= before[0] + 150
+        finally:
+            crowd.ended.set()
+            crowd.join()
+        settle(server, *before)
+    finally:
+        server.stop()
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_the_application_is_told_when_a_request_began(tmp_path: Path):
+    """On one connection: the second request's age is its own."""
+    server = Server(tmp_path / "log", FAKE)
+    try:
+        server.wait()
+        ages = []
+        with connect(server.port) as connection:
+            for seconds in (1.0, 0.0):
+                connection.sendall(get(length(5), line=b"POST /age HTTP/1.1"))
+                time.sleep(seconds)
+                connection.sendall(b"hello")
+                answer = receive(connection)
+                assert answer is not None
+                ages.append(json.loads(answer.body)["age"])
+        assert ages[0] >= 1
+        assert ages[1] < 1
+    finally:
+        server.stop()
+
+
+def test_100_clients_at_once_leave_threads_for_health_checks(tmp_path: Path):
+    server = Server(tmp_path / "log", FAKE, FAKE_SECONDS="0.3")
+    try:
+        server.wait()
+        with ThreadPoolExecutor(100) as pool:
+            posts = [pool.submit(post, server.port, GOOD) for _ in range(300)]
+            while not all(future.done() for future in posts):
+                for path in ("/livez", "/readyz"):
+                    assert send(server.port, "GET", path).status == 200
+                time.sleep(0.05)
+        counts = Counter(future.result().status for future in posts)
+        assert set(counts) == {200, 503}
+        assert all("retry-after" in f.result().headers for f in posts if f.result().status == 503)
+    finally:
+        server.stop()
+
+
+def test_a_full_house_drops_the_longest_unfinished(tmp_path: Path):
+    server = Server(tmp_path / "log", FAKE, QWENVL_MAX_CONNECTIONS="10")
+    try:
+        server.wait()
+        with contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(connect(server.port)) for _ in range(9)]
+            begun = stack.enter_context(connect(server.port))
+            begun.sendall(get()[:10])
+            for _ in range(3):
+                assert post(server.port, GOOD).status == 200
+            assert silent[0].recv(1) == b""
+            more = [stack.enter_context(connect(server.port)) for _ in range(12)]
+            answer = receive(begun)
+            assert answer is not None
+            assert answer.status == 503
+            assert answer.headers["retry-after"]
+            assert post(server.port, GOOD).status == 200
+            assert more[0].recv(1) == b""
+    finally:
+        server.stop()
+
+
+def test_unfinished_uploads_have_a_bound_together(tmp_path: Path):
+    limits = {"QWENVL_MAX_UPLOAD_MB": "2", "QWENVL_UPLOAD_BUFFER_MB": "4"}
+    server = Server(tmp_path / "log", FAKE, **limits)
+    try:
+        server.wait()
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                connection = stack.enter_context(connect(server.port))
+                connection.sendall(form(length(2**21), body=bytes(2**21 - 2**18)))
+                time.sleep(0.3)
+            answer = receive(connection)
+            assert answer is not None
+            assert answer.status == 503
+            assert answer.headers["retry-after"]
+        assert post(server.port, GOOD).status == 200  # and what they held is free again
+        with connect(server.port) as connection:
+            connection.sendall(form(length(2**21 - 1), body=bytes(2**21 - 1)))
+            answer = receive(connection)
+            assert answer is not None
+            assert answer.status == 400
+    finally:
+        server.stop()
+
+
+def test_clients_that_never_read_take_no_threads(tmp_path: Path):
+    """They ask again and again on one connection, until no answer fits into its buffers."""
+    server = Server(tmp_path / "log", FAKE)
+    try:
+        server.wait()
+        asking = get() * 20_000
+        with contextlib.ExitStack() as stack:
+            for _ in range(30):
+                connection = stack.enter_context(connect(server.port))
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                connection.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    connection.send(asking)
+            for _ in range(30):
+                assert exchange(server.port, get(b"Connection: close"), timeout=1).status == 200
+                time.sleep(0.1)
+            assert post(server.port, GOOD).status == 200
+    finally:
+        server.stop()
