@@ -65,16 +65,16 @@ class Settings(BaseModel):
     kv_cache_mb: int = Field(ge=0)
     prefix_cache_mb: int = Field(ge=0)
     max_upload_mb: int = Field(ge=1, le=1024)
+    upload_buffer_mb: int = Field(ge=1)
+    header_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
+    body_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
+    max_connections: int = Field(ge=1, le=65536)
     max_image_megapixels: float = Field(gt=0, le=178, allow_inf_nan=False)
     max_parts: int = Field(ge=2)
     max_field_kb: int = Field(ge=1)
     max_prompt_chars: int = Field(ge=1)
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_split)]
     cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_split)]
-    upload_buffer_mb: int = Field(ge=1)
-    header_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
-    body_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
-    max_connections: int = Field(ge=1, le=65536)
 
 
 def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
