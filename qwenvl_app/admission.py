@@ -69,8 +69,10 @@ class Admission:
         began = time.monotonic()
         try:
             yield waited
+            # Not after an error: damaged pictures are quick, and tell nothing of what answers take.
+            self._measure(time.monotonic() - began)
         finally:
-            self._release(time.monotonic() - began)
+            self._release()
 
     def drain(self) -> None:
         """Refuse all who wait and all who come from now on; those with a permit keep it.
@@ -109,10 +111,13 @@ class Admission:
                 self._queue.remove(turn)
                 turn.settled.set()
 
-    def _release(self, held: float) -> None:
+    def _measure(self, held: float) -> None:
         with self._lock:
             mean = held if self._mean_held is None else self._mean_held
             self._mean_held = mean + _WEIGHT * (held - mean)
+
+    def _release(self) -> None:
+        with self._lock:
             while self._queue:  # handed over directly, so that nobody can jump the queue
                 turn = self._queue.popleft()
                 turn.granted = turn.caller.wants_answer

@@ -190,6 +190,13 @@ def test_retry_after_is_what_the_queue_will_take(monkeypatch):
     with admission.admit(Caller(1e9)), admission.admit(Caller(1e9)):
         assert retry_after(admission) == 6
     for _ in range(100):
+        hold(12)
+    for _ in range(100):  # damaged pictures: given back at once, and no answer
+        with pytest.raises(ValueError, match="damaged"), admission.admit(Caller(1e9)):
+            raise ValueError("damaged")
+    with admission.admit(Caller(1e9)), admission.admit(Caller(1e9)):
+        assert retry_after(admission) == 6
+    for _ in range(100):
         hold(0.01)
     with admission.admit(Caller(1e9)), admission.admit(Caller(1e9)):
         assert retry_after(admission) == 1

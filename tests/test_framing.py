@@ -102,3 +102,12 @@ def test_a_body_of_many_bytes_is_scanned_once():
     incoming.feed(chunked(b"0\r\nA: "))
     for _ in range(200_000):
         assert incoming.feed(b"b") is State.BODY
+
+
+def test_a_refused_body_is_a_body():
+    """It went past the bound on bodies in the pool, to the threads kept for health checks."""
+    incoming = Incoming(CONFIG, LIMIT)
+    sent = b"5\r\nhello\r\n" * 3
+    incoming.feed(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + sent)
+    assert incoming.feed(b"no size\r\n") is State.REFUSED
+    assert incoming.has_body

@@ -420,3 +420,12 @@ def _until(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_a_long_field_of_the_wrong_kind_does_not_come_back_whole(client):
+    """A megabyte of NULs was answered with six, of which a slow reader made a held thread."""
+    data = {"prompt": "x", "image": "\0" * 1_000_000}
+    answer = client.post("/v1/image/recognize", data=data, content_type="multipart/form-data")
+    assert answer.status_code == 422
+    assert answer.json["detail"][0]["input"] == "\0" * 1000
+    assert len(answer.data) < 10_000

@@ -10,7 +10,7 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from qwenvl_app.web.framing import Incoming, State
 # Bytes at a time. Of a body much, since every call may wait for the GIL; of a head less, since what
 # belongs to the requests after it is copied with each of them.
 _RECEIVE, _RECEIVE_HEAD = 2**20, 2**16
+_ACCEPT = 64  # connections at a time
 _SEND_TIMEOUT_S = 10  # for a client that does not read its answer
 _SEND_TIMEOUT = struct.pack("ll", _SEND_TIMEOUT_S, 0)  # struct timeval
 # Room for answers that a client has not read yet. A connection's next request is taken up only
@@ -51,6 +52,7 @@ class Connection(TConn):  # type: ignore[misc]
         self.deadline = 0.0
         self.whole = False  # the request that a thread has: it is all there
         self.has_body = False  # and not only a head
+        self.pieces: Generator[bytes, None, None]  # of the request that a thread has
         self.kept = False  # it has had an answer already
         self.lingering: int | None = None  # bytes still to be thrown away; None: not closing yet
 
@@ -81,8 +83,13 @@ class Reception:
         return len(self.connections) < self.cfg.worker_connections or bool(self._reading)
 
     def accept(self, listener: socket.socket) -> None:
-        """Take all connections that are waiting, as long as there is room."""
-        while len(self.connections) < self.cfg.worker_connections or self._make_room():
+        """Take connections that are waiting, as long as there is room, and up to a number.
+
+        Then it is the others' turn: a flood of them must not hold the loop.
+        """
+        for _ in range(_ACCEPT):
+            if len(self.connections) >= self.cfg.worker_connections and not self._make_room():
+                return
             try:
                 sock, client = listener.accept()
             except OSError as error:
@@ -142,8 +149,8 @@ class Reception:
         """Give the request to gunicorn's parser, for a thread. What follows it stays."""
         incoming = conn.incoming
         conn.whole, conn.has_body = incoming.state is State.WHOLE, incoming.has_body
-        pieces, rest = incoming.take()
-        conn.parser = RequestParser(self.cfg, pieces, conn.client)
+        conn.pieces, rest = incoming.take()
+        conn.parser = RequestParser(self.cfg, conn.pieces, conn.client)
         self._renew(conn)
         if rest:
             conn.incoming.feed(rest)
@@ -236,13 +243,16 @@ class Reception:
     def _begin(self, conn: Connection) -> None:
         """The request's first byte is here."""
         conn.arrived = conn.since = time.monotonic()
-        conn.deadline = conn.arrived + self.settings.header_timeout_s
+        patience = _LAST_WORDS_S if self.stopping else self.settings.header_timeout_s
+        conn.deadline = conn.arrived + patience
 
     def _advance(self, conn: Connection, before: State) -> None:
         """Do what the request's state asks for."""
         state = conn.incoming.state
         if state is State.TOO_LARGE:
             self.refuse(conn, refusals.too_large(self._max_body), "a chunked body is too large")
+        elif state is State.BODY and self.stopping:
+            self.refuse(conn, Unavailable.stopping(), "stopping")
         elif state is State.BODY and before is State.HEAD:
             conn.deadline = min(
                 time.monotonic() + self.settings.body_timeout_s,

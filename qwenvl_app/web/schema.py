@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
 from qwenvl_app.errors import InvalidForm
 from qwenvl_app.web.forms import Form, Upload
 
+_ECHO = 1000  # characters of a wrong field that come back
+
 
 def _expect_upload(value: Any) -> Upload:
     if not isinstance(value, Upload):
@@ -35,8 +37,9 @@ class RecognizeForm(BaseModel):
 
 def _fastapi_error(error: dict[str, Any]) -> dict[str, Any]:
     # FastAPI renders the exception in a context as {}; a missing field has no input. Where the
-    # input is a file, FastAPI would render its insides.
-    given = error["input"] if isinstance(error["input"], str) else None
+    # input is a file, FastAPI would render its insides. A long text is cut: escaped, a megabyte of
+    # it could be six, sent to a client that does not read them.
+    given = error["input"][:_ECHO] if isinstance(error["input"], str) else None
     rendered = {
         "type": error["type"],
         "loc": ["body", *error["loc"]],

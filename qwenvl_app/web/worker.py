@@ -12,10 +12,11 @@ import os
 import resource
 import selectors
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from gunicorn.http import Request
@@ -51,6 +52,19 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._open = True
         if self.cfg.is_ssl:
             self.__class__ = ThreadWorker
+
+    def get_thread_pool(self) -> ThreadPoolExecutor:
+        """The pool, with all its threads: one that can't be had is told now, not in a request."""
+        pool: ThreadPoolExecutor = super().get_thread_pool()
+        all_here = threading.Barrier(self.cfg.threads + 1)
+        try:
+            for _ in range(self.cfg.threads):
+                pool.submit(all_here.wait)
+            all_here.wait()
+        except RuntimeError:
+            all_here.abort()
+            raise
+        return pool
 
     def load_wsgi(self) -> None:
         """Load the application, and tell it more about every request."""
@@ -139,6 +153,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def finish_request(self, conn: Connection, fs: Future[bool]) -> None:
         """The thread is done: wait for the connection's next request, or close it."""
         self._busy.remove(conn)
+        conn.pieces.close()  # of a body that nobody read
         self._bodies -= conn.has_body
         self._start_queued()
         if fs.exception() is None and fs.result():

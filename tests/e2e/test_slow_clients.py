@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import selectors
 import socket
 import threading
 import time
@@ -195,5 +196,65 @@ def test_clients_that_never_read_take_no_threads(tmp_path: Path):
                 assert exchange(server.port, get(b"Connection: close"), timeout=1).status == 200
                 time.sleep(0.1)
             assert post(server.port, GOOD).status == 200
+    finally:
+        server.stop()
+
+
+def test_bodies_that_nobody_read_are_let_go(tmp_path: Path):
+    """An idle connection kept its last request's parser, and with it 20 MB of body."""
+    server = Server(tmp_path / "log", FAKE)
+    body = bytes(19 * 2**20)
+    head = get(length(len(body)), line=b"POST /livez HTTP/1.1")
+    try:
+        server.wait()
+        status = Path(f"/proc/{server.worker}/statm")
+        before = int(status.read_text().split()[1]) * 4096
+        with contextlib.ExitStack() as stack:
+            for _ in range(12):
+                connection = stack.enter_context(connect(server.port))
+                connection.sendall(head + body)
+                answer = receive(connection)
+                assert answer is not None
+                assert answer.status == 405
+            time.sleep(0.5)
+            assert int(status.read_text().split()[1]) * 4096 - before < 4 * len(body)
+    finally:
+        server.stop()
+
+
+def test_a_flood_of_connections_leaves_the_loop_to_others(tmp_path: Path):
+    """Accepting went on for as long as clients came, and the master killed the worker for it."""
+    server = Server(tmp_path / "log", FAKE)
+    ended = threading.Event()
+
+    def flood() -> None:
+        with selectors.DefaultSelector() as selector:
+            while not ended.is_set():
+                for _ in range(200):
+                    sock = socket.socket()
+                    sock.setblocking(False)
+                    sock.connect_ex(("127.0.0.1", server.port))
+                    selector.register(sock, selectors.EVENT_WRITE)
+                selector.select(0.01)
+                for key in list(selector.get_map().values()):
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
+
+    try:
+        server.wait()
+        worker = server.worker
+        flooding = threading.Thread(target=flood)
+        flooding.start()
+        try:
+            with connect(server.port) as connection:
+                for _ in range(10):
+                    connection.sendall(get())
+                    assert receive(connection) is not None
+                    time.sleep(0.2)
+        finally:
+            ended.set()
+            flooding.join()
+        assert server.worker == worker
+        assert post(server.port, GOOD).status == 200
     finally:
         server.stop()

@@ -133,6 +133,26 @@ def test_idle_connections_do_not_keep_it(tmp_path: Path):
         server.stop()
 
 
+@pytest.mark.parametrize("begun", [b"P", REQUEST[: REQUEST.index(b"\r\n\r\n") + 20]])
+def test_a_request_begun_during_the_stop_does_not_prolong_it(tmp_path: Path, begun: bytes):
+    """It had all the time that an upload has, 70 s, and the stop with it."""
+    server = Server(tmp_path / "log", FAKE)
+    try:
+        server.wait()
+        with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+            connection.sendall(get())
+            assert receive(connection) is not None
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.4)
+            connection.sendall(begun)
+            answer = receive(connection)
+            assert answer is None or answer.status == 503
+            # A moment for the request, and some for the client to read and close.
+            assert server.process.wait(9) == 0
+    finally:
+        server.stop()
+
+
 def test_a_reload_refuses_nobody(tmp_path: Path):
     """SIGHUP: the old worker finishes what it has, and only the new one accepts."""
     server = Server(tmp_path / "log", FAKE, FAKE_SECONDS="1")
