@@ -14,7 +14,14 @@ import torch
 
 from qwenvl_app import create_app
 from qwenvl_app.engine.model import LoadedModel, load
-from qwenvl_app.generation import Delta, FinishReason, GenerationRequest, Phase, Status
+from qwenvl_app.generation import (
+    BackendStats,
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    Phase,
+    Status,
+)
 from qwenvl_app.settings import Settings, load_settings
 from tests.engines import inputs_of
 
@@ -52,6 +59,10 @@ class OneAtATime:
     def status(self) -> Status:
         """See ``backends.Backend``."""
         return self._status
+
+    def stats(self) -> BackendStats:
+        """See ``backends.Backend``."""
+        return BackendStats()
 
     def generate(self, request: GenerationRequest) -> Done:
         """See ``backends.Backend``."""
