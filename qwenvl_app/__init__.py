@@ -21,6 +21,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     Raises SettingsError. ``app.extensions["qwenvl"]`` holds the backend, the admission, the
     departures, the function ``status``, and two that may be called any number of times, on any
     thread: ``drain`` refuses all who have no permit from then on, ``close`` ends every thread.
+    ``refused`` counts a request that the worker answered itself.
     """
     settings = settings or load_settings()
     backend = backend or build(settings)
@@ -35,6 +36,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         departures.close()
         backend.close()
 
+    metrics = Metrics(admission, status, backend.stats)
     app = Flask(__name__, static_folder=None)
     app.url_map.merge_slashes = False  # or //path is a redirect in HTML to wherever Host says
     app.json = ContractJSON(app)
@@ -48,10 +50,10 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         "status": status,
         "drain": admission.drain,
         "close": close,
+        "refused": metrics.refuse,
     }
     if hops := settings.trusted_hops:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
-    metrics = Metrics(admission, status, backend.stats)
     accounts.register(app, metrics)
     request_id.register(app)
     errors.register(app)

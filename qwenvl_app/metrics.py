@@ -27,6 +27,7 @@ TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2,
 PIXELS = (1e4, 5e4, 1e5, 2.5e5, 5e5, 1e6, 2e6, 4e6, 8e6, 1.2e7, 2.4e7, 5e7)
 
 # Why a request got no answer, and the status it got; all words that ``ServiceError.reason`` may be.
+UNREAD = "unread"  # the route of requests that the worker itself refuses
 REASONS = {
     "bad_request": 400,
     "unauthorized": 401,
@@ -112,7 +113,12 @@ class Metrics:
             self._answered(record)
         else:
             reason = record.reason or FinishReason.CANCELLED
-            self._of_failure(status).labels(reason).inc()
+            self._of_failure(status, begun=record.submitted is not None).labels(reason).inc()
+
+    def refuse(self, status: int, reason: str) -> None:
+        """Count a request that was answered before the application saw it."""
+        self._http.labels(UNREAD, str(status)).inc()
+        self._of_failure(status).labels(reason).inc()
 
     def render(self) -> bytes:
         """Everything, in Prometheus' text format 0.0.4."""
@@ -136,10 +142,11 @@ class Metrics:
         if usage and usage.completion_tokens > 1:
             self._token.observe(timings.decode / (usage.completion_tokens - 1))
 
-    def _of_failure(self, status: int) -> Counter:
+    def _of_failure(self, status: int, *, begun: bool = False) -> Counter:
         if status < 400 or status in (499, 504):
             return self._cancelled
-        return self._failed if status == 500 else self._rejected
+        # A 503 after work had begun is no refusal: memory ran out, or the service was stopped.
+        return self._failed if status == 500 or (status == 503 and begun) else self._rejected
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(PREFIX + name, f"{text}.", labels, registry=self.registry)

@@ -32,6 +32,14 @@ def test_limits_of_every_group_on_the_way(tmp_path: Path, own: str, expected: li
     assert _limits(tmp_path, own) == expected
 
 
+def test_files_that_were_read_do_not_count_as_used(tmp_path: Path):
+    """17 GB of weights, just read, left no room for a KV cache under a unit's MemoryMax."""
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("990\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 600\nactive_file 90\n")
+    assert _limits(tmp_path, "/") == [610]
+
+
 def test_this_machine_has_some():
     assert free_memory(torch.device("cpu")) > 2**20
     assert gpu_memory([torch.device("cpu")]) == {}

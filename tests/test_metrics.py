@@ -106,12 +106,12 @@ def test_a_known_mix_is_counted_exactly(client: FlaskClient, backend: FakeBacken
         'request_rejected_total{reason="invalid_form"}': 1,
         'request_rejected_total{reason="bad_request"}': 2,
         'request_rejected_total{reason="too_large"}': 1,
-        'request_rejected_total{reason="memory"}': 1,
         'request_rejected_total{reason="loading"}': 1,
         'request_cancelled_total{reason="deadline"}': 1,
         'request_cancelled_total{reason="client_gone"}': 1,
         'request_failed_total{reason="internal"}': 2,
         'request_failed_total{reason="model_failed"}': 1,
+        'request_failed_total{reason="memory"}': 1,
     }
     assert samples["qwenvl_prompt_tokens_total"] == 30
     assert samples["qwenvl_generation_tokens_total"] == 9

@@ -30,11 +30,17 @@ def _limits(root: Path, own: str) -> list[int]:
     for folder in (group, *group.parents):
         limit = folder / "memory.max"
         if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
-            used = (folder / "memory.current").read_text(encoding="ascii")
-            left.append(int(most) - int(used))
+            used = int((folder / "memory.current").read_text(encoding="ascii"))
+            left.append(int(most) - used + _reclaimable(folder / "memory.stat"))
         if folder == root:
             break
     return left
+
+
+def _reclaimable(stat: Path) -> int:
+    """Page cache that goes when memory is wanted, such as a checkpoint that was just read."""
+    lines = stat.read_text(encoding="ascii").splitlines() if stat.is_file() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def gpu_memory(devices: Iterable[torch.device]) -> dict[tuple[int, str], int]:

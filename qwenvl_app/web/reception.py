@@ -58,7 +58,11 @@ class Connection(TConn):  # type: ignore[misc]
 
 
 class Reception:
-    """All connections. ``serve`` is called with each that has a request for a thread."""
+    """All connections.
+
+    ``serve`` is called with each that has a request for a thread, ``refused`` with each error that
+    is answered here.
+    """
 
     def __init__(
         self,
@@ -66,8 +70,10 @@ class Reception:
         settings: Settings,
         poller: selectors.BaseSelector,
         serve: Callable[[Connection], None],
+        refused: Callable[[ServiceError], None],
     ):
         self.cfg, self.settings, self.poller, self.serve = cfg, settings, poller, serve
+        self._refused = refused
         self.connections: dict[socket.socket, Connection] = {}
         self.stopping = False
         self._reading: set[Connection] = set()  # with the poller: idle, unfinished or lingering
@@ -111,7 +117,7 @@ class Reception:
             return False
         conn = min(self._reading, key=lambda conn: conn.since)
         if conn.buffered:
-            refusals.send(conn.sock, refusals.crowded(), conn.incoming.request, "no room")
+            self._answer(conn, refusals.crowded(), "no room")
         self.close(conn)
         return True
 
@@ -166,8 +172,12 @@ class Reception:
 
     def refuse(self, conn: Connection, error: ServiceError, why: str) -> None:
         """Answer for the application, and close."""
-        refusals.send(conn.sock, error, conn.incoming.request, why)
+        self._answer(conn, error, why)
         self.linger(conn)
+
+    def _answer(self, conn: Connection, error: ServiceError, why: str) -> None:
+        refusals.send(conn.sock, error, conn.incoming.request, why)
+        self._refused(error)
 
     def linger(self, conn: Connection) -> None:
         """Close when the client has, or soon."""

@@ -80,7 +80,8 @@ def send(sock: socket.socket, error: ServiceError, request: Request | None, why:
     """Answer with ``error``; the caller closes the connection. Any thread, never blocks."""
     sent = dict(request.headers).get(HEADER.upper(), "") if request else ""
     request_id = choose(sent)
-    log.info("refused with %d: %s (request %s)", error.status, why, request_id)
+    fields = {"client": _address(sock), "status": error.status, "reason": error.reason}
+    log.info("refused: %s", why, extra={"request_id": request_id, "fields": fields})
     detail = error.detail
     if isinstance(error, InternalError):
         detail = f"{INTERNAL_PREFIX}{detail}（请求编号 {request_id}）"
@@ -97,6 +98,13 @@ def send(sock: socket.socket, error: ServiceError, request: Request | None, why:
     if error.retry_after is not None:
         head.append(f"Retry-After: {error.retry_after}")
     write(sock, "\r\n".join([*head, "", ""]).encode("latin-1") + body)
+
+
+def _address(sock: socket.socket) -> str:
+    try:
+        return str(sock.getpeername()[0])
+    except (OSError, IndexError):  # it has gone, or is no TCP
+        return "-"
 
 
 def write(sock: socket.socket, data: bytes) -> None:

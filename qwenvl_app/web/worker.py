@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from gunicorn.http import Request
 from gunicorn.http.errors import InvalidHeader
 from gunicorn.workers.gthread import ThreadWorker
 
+from qwenvl_app.errors import ServiceError
 from qwenvl_app.settings import load_settings
 from qwenvl_app.web import listeners, refusals
 from qwenvl_app.web.reception import Connection, Reception
@@ -100,7 +101,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self, req: Request | None, client: socket.socket, addr: object, exc: BaseException
     ) -> None:
         """Answer a request that the application does not."""
-        refusals.send(client, refusals.of(exc), req, type(exc).__name__)
+        error = refusals.of(exc)
+        refusals.send(client, error, req, type(exc).__name__)
+        self._count(error)
 
     def handle_quit(self, sig: int, frame: object) -> None:
         """SIGINT and SIGQUIT: end at once, whatever the threads are doing."""
@@ -109,7 +112,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def run(self) -> None:
         """Serve until told to stop; then answer everybody, and return."""
         _allow_files(self.worker_connections + _OTHER_FILES)
-        self.reception = Reception(self.cfg, load_settings(), self.poller, self._serve)
+        self.reception = Reception(self.cfg, load_settings(), self.poller, self._serve, self._count)
         queue = self.method_queue
         self.poller.register(queue.fileno(), selectors.EVENT_READ, queue.run_callbacks)
         while self.alive and self.is_parent_alive():
@@ -121,6 +124,16 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.tpool.shutdown(wait=False)
         self.poller.close()
         queue.close()
+
+    def _hook(self, name: str) -> Callable[..., None] | None:
+        """What the application offers; any other WSGI application offers nothing."""
+        hooks = getattr(self.app.callable, "extensions", {}).get("qwenvl", {})
+        hook: Callable[..., None] | None = hooks.get(name)
+        return hook
+
+    def _count(self, error: ServiceError) -> None:
+        if refused := self._hook("refused"):
+            refused(error.status, error.reason)
 
     def accept(self, listener: socket.socket) -> None:
         """Take new connections."""
@@ -165,7 +178,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Answer what came before; what comes meanwhile the application refuses with 503."""
         alone = listeners.owned_alone(self.sockets, self.ppid)
         self._open = alone  # else another worker is there to accept
-        if drain := getattr(self.app.callable, "extensions", {}).get("qwenvl", {}).get("drain"):
+        if drain := self._hook("drain"):
             drain()
         self.reception.begin_stop()
         before = {*self._busy, *self._queue}

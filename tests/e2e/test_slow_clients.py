@@ -258,3 +258,22 @@ def test_a_flood_of_connections_leaves_the_loop_to_others(tmp_path: Path):
         assert post(server.port, GOOD).status == 200
     finally:
         server.stop()
+
+
+def test_what_the_loop_refuses_is_counted_and_logged(tmp_path: Path):
+    server = Server(tmp_path / "log", FAKE, QWENVL_HEADER_TIMEOUT_S="0.5")
+    try:
+        server.wait()
+        for sent, status in ((b"GET / HT", 408), (b"no http\r\n\r\n", 400)):
+            with connect(server.port) as connection:
+                connection.sendall(sent)
+                answer = receive(connection)
+                assert answer is not None
+                assert answer.status == status
+        samples = send(server.port, "GET", "/metrics").body.decode()
+    finally:
+        server.stop()
+    for status in (400, 408):
+        assert f'qwenvl_http_requests_total{{route="unread",status="{status}"}} 1.0' in samples
+    assert 'qwenvl_request_rejected_total{reason="bad_request"} 2.0' in samples
+    assert "refused: too slow client=127.0.0.1 status=408" in server.log.read_text()
