@@ -11,6 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from gunicorn.systemd import sd_notify
+
+from qwenvl_app import logs, notify
 from qwenvl_app.settings import SettingsError, load_settings
 
 try:
@@ -35,24 +38,28 @@ timeout = 60
 graceful_timeout = int(_settings.request_timeout_s) + 10
 keepalive = 5
 # The heartbeat's file: in memory, so that a slow disk can't look like a dead worker.
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
 # Its socket would be made in the home directory, which a service account may not have.
 control_socket_disable = True
 
-accesslog = "-"
-# The path as it was sent, percent-encoded: decoded it could break a line, or a terminal.
-access_log_format = '%(h)s "%(m)s %({qwenvl.path}e)s" %(s)s %(B)sB %(M)sms %({x-request-id}o)s'
-logconfig_dict = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "root": {"level": "INFO", "handlers": ["stderr"]},
-    "loggers": {
-        name: {"level": "INFO", "handlers": [], "propagate": True}
-        for name in ("gunicorn.error", "gunicorn.access")
-    },
-}
+# The application logs each request itself, with what only it knows (web/access_log.py).
+accesslog = None
+logconfig_dict = logs.config(_settings.log_format)
+
+
+# gunicorn tells systemd READY before its worker has loaded anything. So the socket's name is put
+# away, under a name that outlives a reload, and the worker tells when it is: qwenvl_app/notify.py.
+_NOTIFY, _PUT_AWAY = "NOTIFY_SOCKET", "WORKER_NOTIFY_SOCKET"
+if _NOTIFY in os.environ:
+    os.environ[_PUT_AWAY] = os.environ.pop(_NOTIFY)
+
+
+def post_worker_init(worker):
+    """Begin to tell systemd how it goes, if it listens."""
+    if address := os.environ.get(_PUT_AWAY):
+        os.environ[_NOTIFY] = address
+        status = worker.app.callable.extensions["qwenvl"]["status"]
+        notify.start(status, lambda message: sd_notify(message, worker.log))
 
 
 def when_ready(server):

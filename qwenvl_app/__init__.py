@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from flask import Flask
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from qwenvl_app.admission import Admission
 from qwenvl_app.backends import Backend, build
 from qwenvl_app.generation import Status
+from qwenvl_app.metrics import Metrics
 from qwenvl_app.settings import Settings, load_settings
-from qwenvl_app.web import access, cors, errors, ops, recognize, request_id
+from qwenvl_app.web import access, accounts, cors, errors, ops, recognize, request_id
 from qwenvl_app.web.departures import Departures
 from qwenvl_app.web.responses import ContractJSON
 
@@ -17,8 +19,8 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     """Wire the application. Without ``backend`` the settings' own is built and starts loading.
 
     Raises SettingsError. ``app.extensions["qwenvl"]`` holds the backend, the admission, the
-    departures and two functions, which may be called any number of times, on any thread: ``drain``
-    refuses all who have no permit from then on, and ``close`` ends every thread.
+    departures, the function ``status``, and two that may be called any number of times, on any
+    thread: ``drain`` refuses all who have no permit from then on, ``close`` ends every thread.
     """
     settings = settings or load_settings()
     backend = backend or build(settings)
@@ -43,13 +45,18 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         "backend": backend,
         "admission": admission,
         "departures": departures,
+        "status": status,
         "drain": admission.drain,
         "close": close,
     }
+    if hops := settings.trusted_hops:
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
+    metrics = Metrics(admission, status, backend.stats)
+    accounts.register(app, metrics)
     request_id.register(app)
     errors.register(app)
     cors.register(app, settings.cors_origins)  # before the keys: a preflight can't carry one
     access.register(app, settings.api_keys)
     app.register_blueprint(recognize.blueprint(settings, backend, admission, departures, status))
-    app.register_blueprint(ops.blueprint(status))
+    app.register_blueprint(ops.blueprint(status, metrics))
     return app

@@ -91,7 +91,7 @@ class Admission:
                 self._free -= 1
                 return 0.0
             if len(self._queue) >= self.max_waiting:
-                raise self._busy()
+                raise self._busy("queue_full")
             turn = _Turn(caller)
             self._queue.append(turn)
         began = time.monotonic()
@@ -101,7 +101,7 @@ class Admission:
         if turn.granted:
             return time.monotonic() - began
         caller.check()
-        raise Unavailable.stopping() if self._draining else self._busy()
+        raise Unavailable.stopping() if self._draining else self._busy("queue_timeout")
 
     def _give_up(self, turn: _Turn) -> None:
         with self._lock:
@@ -121,10 +121,12 @@ class Admission:
                     return
             self._free += 1
 
-    def _busy(self) -> Unavailable:
+    def _busy(self, reason: str) -> Unavailable:
         """Come back when those who are here now will have been served, by what was measured."""
         held = _GUESS_S if self._mean_held is None else self._mean_held
         wait = held * (len(self._queue) + 1) / self.permits
         return Unavailable(
-            "服务器繁忙，请稍后重试。", retry_after=min(max(1, math.ceil(wait)), _LONGEST_RETRY_S)
+            "服务器繁忙，请稍后重试。",
+            retry_after=min(max(1, math.ceil(wait)), _LONGEST_RETRY_S),
+            reason=reason,
         )

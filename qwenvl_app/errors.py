@@ -13,27 +13,32 @@ INTERNAL_PREFIX = "服务器内部错误: "
 class ServiceError(Exception):
     """Ends a request with ``status`` and ``{"detail": detail}``.
 
-    ``retry_after`` is in seconds and becomes the header of that name.
+    ``retry_after`` is in seconds and becomes the header of that name. ``reason`` is a word for
+    metrics and logs; see ``metrics.REASONS``.
     """
 
     status = 500
+    reason = "internal"
 
-    def __init__(self, detail: Any, *, retry_after: int | None = None):
+    def __init__(self, detail: Any, *, retry_after: int | None = None, reason: str | None = None):
         super().__init__(detail)
         self.detail = detail
         self.retry_after = retry_after
+        self.reason = reason or self.reason
 
 
 class BadRequest(ServiceError):
     """The request can't be understood, or its file is no picture."""
 
     status = 400
+    reason = "bad_request"
 
 
 class Unauthorized(ServiceError):
     """An API key is asked for, and none that is known came with the request."""
 
     status = 401
+    reason = "unauthorized"
 
     def __init__(self) -> None:
         super().__init__("缺少有效的 API 密钥。")
@@ -43,12 +48,14 @@ class TooLarge(ServiceError):
     """The body or the picture is over a limit."""
 
     status = 413
+    reason = "too_large"
 
 
 class InvalidForm(ServiceError):
     """Fields are missing or of the wrong kind. ``detail`` is pydantic's list of errors."""
 
     status = 422
+    reason = "invalid_form"
 
 
 class InternalError(ServiceError):
@@ -59,22 +66,24 @@ class Unavailable(ServiceError):
     """Not now: loading, draining, or more requests than there is room for."""
 
     status = 503
+    reason = "busy"
 
     @classmethod
     def exhausted(cls) -> Unavailable:
         """What a request gets when there is no memory left for it."""
-        return cls("显存或内存不足，请稍后重试或缩小图片。", retry_after=5)
+        return cls("显存或内存不足，请稍后重试或缩小图片。", retry_after=5, reason="memory")
 
     @classmethod
     def stopping(cls) -> Unavailable:
         """What a request gets that comes too late."""
-        return cls("服务正在停止，请稍后重试。", retry_after=10)
+        return cls("服务正在停止，请稍后重试。", retry_after=10, reason="draining")
 
 
 class DeadlineExceeded(ServiceError):
     """The answer was not ready in time."""
 
     status = 504
+    reason = "deadline"
 
     def __init__(self) -> None:
         super().__init__("请求处理超时，请稍后重试。")
@@ -84,6 +93,7 @@ class ClientGone(ServiceError):
     """The client closed its connection. Nobody reads the answer: the status, nginx's, is logged."""
 
     status = 499
+    reason = "client_gone"
 
     def __init__(self) -> None:
         super().__init__("Client Closed Request")

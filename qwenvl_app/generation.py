@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -105,6 +106,29 @@ class Timings:
     prefill: float = 0.0
     first_token: float = 0.0
     decode: float = 0.0
+
+
+@dataclass(frozen=True)
+class BackendStats:
+    """What a backend has under way; zero is what it does not know. Counters never go down.
+
+    ``running`` sequences hold one of ``slots``, ``waiting`` ones want one. ``gpu_memory`` has bytes
+    for each (index, kind), where the kind is allocated, reserved or total.
+    """
+
+    slots: int = 0
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    kv_tokens: int = 0
+    kv_budget_tokens: int = 0
+    kv_bytes: int = 0
+    kv_budget_bytes: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prefix_bytes: int = 0
+    prefix_budget_bytes: int = 0
+    gpu_memory: Mapping[tuple[int, str], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

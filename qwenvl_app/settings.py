@@ -65,16 +65,18 @@ class Settings(BaseModel):
     kv_cache_mb: int = Field(ge=0)
     prefix_cache_mb: int = Field(ge=0)
     max_upload_mb: int = Field(ge=1, le=1024)
+    upload_buffer_mb: int = Field(ge=1)
+    header_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
+    body_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
+    max_connections: int = Field(ge=1, le=65536)
     max_image_megapixels: float = Field(gt=0, le=178, allow_inf_nan=False)
     max_parts: int = Field(ge=2)
     max_field_kb: int = Field(ge=1)
     max_prompt_chars: int = Field(ge=1)
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_split)]
     cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_split)]
-    upload_buffer_mb: int = Field(ge=1)
-    header_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
-    body_timeout_s: float = Field(gt=0, le=86_400, allow_inf_nan=False)
-    max_connections: int = Field(ge=1, le=65536)
+    log_format: Literal["text", "json"]
+    trusted_hops: int = Field(ge=0, le=16)
 
 
 def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
@@ -82,6 +84,13 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
 
     Raises SettingsError.
     """
+    return explain(environ, **overrides)[0]
+
+
+def explain(
+    environ: Mapping[str, str] | None = None, **overrides: Any
+) -> tuple[Settings, dict[str, str]]:
+    """As ``load_settings``, and where the value of each key came from."""
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -92,6 +101,8 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
                 near = difflib.get_close_matches(key, Settings.model_fields, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
                 raise SettingsError(f"unknown setting '{key}' ({source}){hint}")
+            if isinstance(value, bool):  # pydantic would read true as 1
+                raise SettingsError(f"setting '{key}' ({source}): no key is true or false")
             values[key], origins[key] = value, source
 
     take("config/default.toml", _read(DEFAULTS))
@@ -107,7 +118,7 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
     )
     take("overrides", overrides)
     try:
-        return Settings.model_validate(values)
+        return Settings.model_validate(values), origins
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])

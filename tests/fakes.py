@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from qwenvl_app.errors import DeadlineExceeded, ServiceError
 from qwenvl_app.generation import (
+    BackendStats,
     Delta,
     FinishReason,
     GenerationRequest,
@@ -63,6 +64,9 @@ class FakeBackend:
 
     def status(self) -> Status:
         return self.phase
+
+    def stats(self) -> BackendStats:
+        return BackendStats()
 
     def generate(self, request: GenerationRequest) -> FakeGeneration:
         if self.refusal:

@@ -194,3 +194,39 @@ def test_closing_refuses_what_comes_after(local):
     assert local.status().phase is Phase.DRAINING
     with pytest.raises(Unavailable):
         local.generate(ask("c"))
+
+
+def test_loading_tells_how_far_it_is(caplog):
+    """transformers' bar was drawn with carriage returns into the log, and a probe saw nothing."""
+    caplog.set_level("INFO")
+    told: list[str] = []
+    load("demo", say=told.append)
+    tensors = [message for message in told if message.startswith("loading the weights: ")]
+    assert told[0] == "looking for the checkpoint"
+    assert len(tensors) > 50
+    assert tensors[0].startswith("loading the weights: 0 of ")
+    assert tensors[-1] == f"loading the weights: {len(tensors) - 1} of {len(tensors)} tensors"
+
+
+def test_a_load_is_told_in_the_status(monkeypatch):
+    """The message changes, and the phase's age goes on from its beginning."""
+    says = threading.Event()
+    go = threading.Event()
+
+    def slow(_name, say, **_options):
+        say("half of it")
+        says.set()
+        assert go.wait(20)
+        raise InternalError("x")
+
+    monkeypatch.setattr("qwenvl_app.engine.model.load", slow)
+    backend = LocalBackend(load_settings({}))
+    began = backend.status().since
+    assert says.wait(20)
+    assert backend.status().phase is Phase.LOADING
+    assert backend.status().message == "half of it"
+    assert backend.status().since == began
+    go.set()
+    while backend.status().phase is Phase.LOADING:
+        time.sleep(0.005)
+    backend.close()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from qwenvl_app.errors import InternalError, Unavailable
-from qwenvl_app.generation import Delta, GenerationRequest, Phase, Status
+from qwenvl_app.generation import BackendStats, Delta, GenerationRequest, Phase, Status
 from qwenvl_app.settings import Settings
 
 
@@ -26,6 +26,9 @@ class Backend(Protocol):
     def status(self) -> Status:
         """Never blocks."""
 
+    def stats(self) -> BackendStats:
+        """What is under way. Never blocks, never fails."""
+
     def generate(self, request: GenerationRequest) -> Generation:
         """Prepare the request on the calling thread and queue it. Raises ServiceError."""
 
@@ -43,8 +46,8 @@ def build(settings: Settings) -> Backend:
 def require_ready(status: Status) -> None:
     """Raise the ServiceError that a request gets while a backend is not ready."""
     if status.phase is Phase.LOADING:
-        raise Unavailable("模型正在加载，请稍后重试。", retry_after=10)
+        raise Unavailable("模型正在加载，请稍后重试。", retry_after=10, reason="loading")
     if status.phase is Phase.DRAINING:
         raise Unavailable.stopping()
     if status.phase is Phase.FAILED:
-        raise InternalError("模型加载失败或已停止工作，请联系管理员。")
+        raise InternalError("模型加载失败或已停止工作，请联系管理员。", reason="model_failed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qwenvl_app.backends import Generation, require_ready
 from qwenvl_app.errors import ModelLoadError, Unavailable
-from qwenvl_app.generation import GenerationRequest, Phase, Status
+from qwenvl_app.generation import BackendStats, GenerationRequest, Phase, Status
 from qwenvl_app.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,15 +18,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LINES_APART_S = 5
+
 
 class LocalBackend:
     """See ``backends.Backend``."""
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self._status = Status(Phase.LOADING, "the model is being loaded")
+        self._status = Status(Phase.LOADING, "loading the libraries")
         self._engine: Engine | None = None
         self._lock = threading.Lock()
+        self._next_line = 0.0
         self._closed = threading.Event()
         threading.Thread(target=self._run, name="local-backend", daemon=True).start()
 
@@ -34,6 +38,11 @@ class LocalBackend:
         if (engine := self._engine) is None:
             return self._status
         return engine.failure or self._stalled(engine) or self._status
+
+    def stats(self) -> BackendStats:
+        """See ``backends.Backend``."""
+        engine = self._engine
+        return engine.stats() if engine else BackendStats()
 
     def generate(self, request: GenerationRequest) -> Generation:
         """See ``backends.Backend``."""
@@ -79,7 +88,7 @@ class LocalBackend:
     def _start(self) -> Engine:
         # Not at the top: importing torch and transformers takes seconds, in which /livez is to
         # answer already.
-        from qwenvl_app.engine import cpu, model
+        from qwenvl_app.engine import cpu, memory, model
         from qwenvl_app.engine import engine as engines
 
         settings = self._settings
@@ -89,16 +98,27 @@ class LocalBackend:
             device=settings.device,
             dtype=settings.dtype,
             attention=settings.attention,
+            say=self._say,
         )
         cpu.pack(loaded.model)
         options = engines.EngineOptions(
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,
-            kv_cache_bytes=settings.kv_cache_mb * 2**20 or model.free_memory(loaded) // 2,
+            kv_cache_bytes=settings.kv_cache_mb * 2**20
+            or memory.free_memory(loaded.model.device) // 2,
             prefix_cache_bytes=settings.prefix_cache_mb * 2**20,
             prefill_chunk=settings.prefill_chunk,
         )
         return engines.Engine(loaded, options)
+
+    def _say(self, message: str) -> None:
+        """Tell how far the loading is: in the status at once, in the log now and then."""
+        with self._lock:
+            if self._status.phase is Phase.LOADING:
+                self._status = dataclasses.replace(self._status, message=message)
+        if (now := time.monotonic()) >= self._next_line:
+            self._next_line = now + _LINES_APART_S
+            log.info("%s", message)
 
     def _load(self) -> None:
         engine: Engine | None = None

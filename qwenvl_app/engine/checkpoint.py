@@ -24,8 +24,11 @@ _MODELSCOPE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 
 
-def find(name: str) -> Path:
-    """The directory of ``demo``, a directory, or a ModelScope id. Raises ModelLoadError."""
+def find(name: str, *, download: bool = True) -> Path:
+    """The directory of ``demo``, a directory, or a ModelScope id.
+
+    Raises ModelLoadError, also for an id that is not in ModelScope's cache if not to ``download``.
+    """
     if name == "demo":
         return DEMO
     path = Path(name).expanduser()
@@ -38,6 +41,11 @@ def find(name: str) -> Path:
     # Only now: modelscope takes a second to import, and nothing else here talks to a network.
     from modelscope import snapshot_download
 
+    if not download:
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except Exception:  # a class of its own in each of its versions
+            raise ModelLoadError(f"{name} is not in ModelScope's cache yet") from None
     log.info("looking for %s on ModelScope", name)
     try:
         return Path(snapshot_download(name))
@@ -65,7 +73,7 @@ def check(directory: Path) -> str:
         raise ModelLoadError(
             f"config.json has model_type {model_type!r}; supported is {MODEL_TYPE!r}"
         )
-    for file in _weight_files(directory):
+    for file in weight_files(directory):
         try:
             with safe_open(directory / file, framework="pt") as tensors:
                 tensors.keys()
@@ -92,7 +100,8 @@ def _read_json(directory: Path, file: str) -> dict[str, Any]:
     return content
 
 
-def _weight_files(directory: Path) -> list[str]:
+def weight_files(directory: Path) -> list[str]:
+    """The names of the files that hold the weights; they may be missing. Raises ModelLoadError."""
     index = "model.safetensors.index.json"
     if not (directory / index).exists():
         return ["model.safetensors"]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from qwenvl_app.engine.executor import FAILED, Executor, Outcome
+from qwenvl_app.engine.memory import gpu_memory
 from qwenvl_app.engine.model import LoadedModel, Runner, prepare
 from qwenvl_app.engine.prefix_cache import PrefixCache, image_key
 from qwenvl_app.engine.sampling import Sampler, repeats_itself
@@ -25,7 +26,7 @@ from qwenvl_app.errors import (
     Unavailable,
     is_out_of_memory,
 )
-from qwenvl_app.generation import FinishReason, GenerationRequest, Phase, Status
+from qwenvl_app.generation import BackendStats, FinishReason, GenerationRequest, Phase, Status
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,25 @@ class Engine:
     def cache_bytes(self) -> int:
         """Memory that the KV cache holds."""
         return self._executor.cache.bytes
+
+    def stats(self) -> BackendStats:
+        """See ``backends.Backend``. What other threads change meanwhile may be a step old."""
+        layout = self._runner.layout
+        return BackendStats(
+            slots=self._options.slots,
+            running=self.running,
+            waiting=self.waiting,
+            steps=self.steps,
+            kv_tokens=sum(sequence.computed for sequence in list(self._scheduler.rows)),
+            kv_budget_tokens=self._budget,
+            kv_bytes=self.cache_bytes,
+            kv_budget_bytes=self._budget * layout.token_bytes,
+            prefix_queries=self.prefixes.hits + self.prefixes.misses,
+            prefix_hits=self.prefixes.hits,
+            prefix_bytes=self.prefixes.bytes,
+            prefix_budget_bytes=self.prefixes.budget,
+            gpu_memory=gpu_memory(layout.devices),
+        )
 
     def submit(self, request: GenerationRequest) -> Sequence:
         """Prepare ``request`` on the calling thread and queue it.

@@ -8,13 +8,12 @@ keep ``rope_deltas``, the state of one request, on an object that all share (tra
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from transformers import (
     AutoImageProcessor,
@@ -23,6 +22,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from qwenvl_app.engine import progress
 from qwenvl_app.engine.checkpoint import check, find
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
 from qwenvl_app.engine.pixels import Patcher
@@ -53,28 +53,36 @@ class LoadedModel:
 
 
 def load(
-    name: str, *, device: str = "auto", dtype: str = "auto", attention: str = "auto"
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "auto",
+    say: Callable[[str], None] = lambda _message: None,
 ) -> LoadedModel:
     """Load ``name``: ``demo``, a directory, or a ModelScope id. Takes seconds to minutes.
 
     By default as the service being replaced: ``dtype="auto"``, ``device_map="auto"`` through
-    accelerate, and the checkpoint's own ``generation_config``. Raises ModelLoadError.
+    accelerate, and the checkpoint's own ``generation_config``. ``say`` is told, often, how far it
+    is. Raises ModelLoadError.
     """
+    say("looking for the checkpoint")
     directory = find(name)
     log.info("loading the model from %s", directory)
     template = check(directory)
     # Typed as Any: transformers' own annotations know neither the report nor the auto classes.
     auto: Any = AutoImageProcessor
     family: Any = Qwen3VLForConditionalGeneration
-    model, report = family.from_pretrained(
-        directory,
-        dtype=dtype,
-        device_map=device,
-        attn_implementation=None if attention == "auto" else attention,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    with progress.told(say):
+        model, report = family.from_pretrained(
+            directory,
+            dtype=dtype,
+            device_map=device,
+            attn_implementation=None if attention == "auto" else attention,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     if missing := sorted(report["missing_keys"]):  # they would be filled with random numbers
         raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
     control, text = (
@@ -89,19 +97,6 @@ def load(
     processor = auto.from_pretrained(directory, local_files_only=True)
     prompts = PromptBuilder(control, text, template, processor.merge_size)
     return LoadedModel(model.eval(), processor, control, prompts)
-
-
-def free_memory(loaded: LoadedModel) -> int:
-    """Bytes that are free where the model is: on its first GPU, else in the machine."""
-    device = loaded.model.device
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    available: int = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
-        available = min(available, int(most) - int(used.read_text(encoding="ascii")))
-    return max(0, available)
 
 
 def prepare(loaded: LoadedModel, image: Image, text: str) -> Inputs:

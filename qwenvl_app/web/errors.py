@@ -17,7 +17,7 @@ from qwenvl_app.errors import (
     Unavailable,
     is_out_of_memory,
 )
-from qwenvl_app.web import refusals
+from qwenvl_app.web import accounts, refusals
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def register(app: Flask) -> None:
 
 
 def _service_error(error: ServiceError) -> Response:
-    detail = error.detail
+    detail, accounts.current().reason = error.detail, error.reason
     if isinstance(error, InternalError):
         detail = f"{INTERNAL_PREFIX}{detail}（请求编号 {g.request_id}）"
     response = jsonify(detail=detail)
@@ -49,6 +49,7 @@ def _http_error(error: HTTPException) -> Response:
     if isinstance(error, RequestEntityTooLarge):
         limit = current_app.config["MAX_CONTENT_LENGTH"] // 2**20
         return _service_error(TooLarge(f"上传的内容超过 {limit} MB 的限制。"))
+    accounts.current().reason = error.name.lower().replace(" ", "_")
     response = jsonify(detail=error.name)
     response.status_code = error.code or 500
     for name, value in error.get_headers():

@@ -1,4 +1,4 @@
-"""``/livez``, ``/readyz`` and ``/health``: for whoever watches the service."""
+"""``/livez``, ``/readyz``, ``/health`` and ``/metrics``: for whoever watches the service."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable
 from flask import Blueprint, Response, jsonify
 
 from qwenvl_app.generation import Phase, Status
+from qwenvl_app.metrics import CONTENT_TYPE, Metrics
 
 
-def blueprint(status: Callable[[], Status]) -> Blueprint:
-    """The routes, bound to the state that they tell."""
+def blueprint(status: Callable[[], Status], metrics: Metrics) -> Blueprint:
+    """The routes, bound to what they tell of."""
     routes = Blueprint("ops", __name__)
 
     @routes.get("/livez", provide_automatic_options=False)
@@ -26,5 +27,10 @@ def blueprint(status: Callable[[], Status]) -> Blueprint:
         response = jsonify(phase=now.phase, phase_seconds=round(now.age, 1), message=now.message)
         response.status_code = 200 if now.phase is Phase.READY else 503
         return response
+
+    @routes.get("/metrics", provide_automatic_options=False)
+    def scrape() -> Response:
+        """Prometheus' text format."""
+        return Response(metrics.render(), content_type=CONTENT_TYPE)
 
     return routes

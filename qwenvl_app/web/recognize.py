@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from flask import Blueprint, Response, g, jsonify, request
@@ -15,6 +14,7 @@ from qwenvl_app.errors import BadRequest, ClientGone, TooLarge
 from qwenvl_app.generation import GenerationRequest, SamplingParams, Status
 from qwenvl_app.images import decode_image
 from qwenvl_app.settings import Settings
+from qwenvl_app.web import accounts
 from qwenvl_app.web.departures import Departures
 from qwenvl_app.web.forms import read_form
 from qwenvl_app.web.schema import RecognizeForm
@@ -34,24 +34,30 @@ def blueprint(
     # A slash at the end was a redirect to this route; here it is the route.
     @routes.post("/v1/image/recognize", strict_slashes=False, provide_automatic_options=False)
     def recognize() -> Response:
-        arrived = request.environ.get("qwenvl.arrived", time.monotonic())
-        caller = Caller(arrived + settings.request_timeout_s)
+        record = accounts.current()
+        caller = Caller(record.arrived + settings.request_timeout_s)
         with departures.watch(request.environ.get("gunicorn.socket"), caller):
-            form = _read(settings, caller)
+            with record.stage("read"):
+                form = _read(settings, caller)
             require_ready(status())
-            with admission.admit(caller):
+            with admission.admit(caller) as waited:
+                record.stages["queue"] = waited
                 result = _answer(form, caller)
         return jsonify(status="success", result=result)
 
     def _answer(form: RecognizeForm, caller: Caller) -> str:
-        image = decode_image(form.image.data, max_megapixels=settings.max_image_megapixels)
+        record = accounts.current()
+        with record.stage("image"):
+            image = decode_image(form.image.data, max_megapixels=settings.max_image_megapixels)
+        record.pixels = image.width * image.height
         caller.check()
+        record.submit()
         generation = backend.generate(
             GenerationRequest(image, form.prompt, g.request_id, sampling, deadline=caller.deadline)
         )
         try:
             with caller.on_leaving(generation.cancel):
-                result = "".join(delta.text for delta in generation)
+                result = "".join(record.take(delta) for delta in generation)
         finally:
             generation.cancel()
         caller.check()

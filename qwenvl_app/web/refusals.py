@@ -36,6 +36,8 @@ _KINDS = {
 class _Refused(ServiceError):
     """A status that only framing has."""
 
+    reason = "bad_request"
+
     def __init__(self, status: int, detail: str):
         super().__init__(detail)
         self.status = status

@@ -7,6 +7,8 @@ import uuid
 
 from flask import Flask, Response, g, request
 
+from qwenvl_app import logs
+
 HEADER = "X-Request-ID"
 _SANE = re.compile(r"[A-Za-z0-9._-]{1,128}")  # safe in a log line, a header and a sentence
 
@@ -15,6 +17,7 @@ def register(app: Flask) -> None:
     """Install the hooks."""
     app.before_request(_choose)
     app.after_request(_attach)
+    app.teardown_request(_forget)
 
 
 def choose(sent: str) -> str:
@@ -24,8 +27,13 @@ def choose(sent: str) -> str:
 
 def _choose() -> None:
     g.request_id = choose(request.headers.get(HEADER, ""))
+    logs.request_id.set(g.request_id)
 
 
 def _attach(response: Response) -> Response:
     response.headers[HEADER] = g.request_id
     return response
+
+
+def _forget(_error: BaseException | None) -> None:
+    logs.request_id.set("-")  # the thread goes on to another request

@@ -60,8 +60,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         def informed(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
             conn = self.reception.connections[environ["gunicorn.socket"]]
             environ["qwenvl.arrived"] = conn.arrived
-            # For the access log: still percent-encoded, so without control characters.
-            environ["qwenvl.path"] = environ["RAW_URI"].partition("?")[0]
             return application(environ, start)
 
         self.wsgi = informed

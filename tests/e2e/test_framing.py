@@ -88,7 +88,7 @@ def test_nothing_of_a_client_in_the_log_unescaped(small: Server):
             connection.sendall(raw)
             assert receive(connection) is not None
     log = small.log.read_text()
-    assert "/%0d%0aINFO%20forged%1b[2J" in log
+    assert r'path="/\r\nINFO forged\u001b[2J"' in log
     for secret in ("\x1b", "\r", "private", "forged: id", "\nINFO"):
         assert secret not in log
 

@@ -1,0 +1,64 @@
+"""``flask --app wsgi check-config`` and ``doctor``: for whoever runs the service."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+from flask import Flask
+
+from qwenvl_app.settings import SECRETS, Settings, SettingsError, explain
+
+
+def is_running() -> bool:
+    """Whether this process is the ``flask`` command."""
+    return os.environ.get("FLASK_RUN_FROM_CLI") == "true"  # Flask's own mark
+
+
+def commands() -> Flask:
+    """An application that has the commands and nothing else: no route, no model, no settings."""
+    app = Flask("qwenvl_app", static_folder=None)
+    app.cli.add_command(check_config)
+    app.cli.add_command(doctor)
+    return app
+
+
+def effective() -> tuple[Settings, dict[str, str]]:
+    """The settings and their origins; a wrong one ends the command with its line."""
+    try:
+        return explain()
+    except SettingsError as error:
+        click.echo(f"qwenvl: {error}", err=True)
+        sys.exit(1)
+
+
+@click.command("check-config")
+def check_config() -> None:
+    """Print the effective settings and where each came from."""
+    settings, origins = effective()
+    rows = [(key, _shown(key, value), origins[key]) for key, value in settings]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for key, value, origin in rows:
+        click.echo(f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}")
+
+
+@click.command("doctor")
+@click.option("--bind", default="0.0.0.0:8000", show_default=True, help="Where it is to listen.")
+def doctor(bind: str) -> None:
+    """Check the machine against the settings; exit status 1 if the service would not run."""
+    settings, _ = effective()
+    # Not at the top: torch takes seconds to import, and check-config does without.
+    from qwenvl_app import doctor as checks
+
+    failed = False
+    for finding in checks.examine(settings, bind):
+        failed |= finding.level is checks.Level.FAIL
+        click.echo(f"{finding.level:5} {finding.about}: {finding.text}")
+    sys.exit(1 if failed else 0)
+
+
+def _shown(key: str, value: object) -> str:
+    if key in SECRETS:
+        return "(set)" if value else "(unset)"
+    return str(value) if isinstance(value, str) else repr(value)

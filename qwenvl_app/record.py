@@ -1,0 +1,53 @@
+"""What became of one request: filled in while it is answered, then counted and logged once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from qwenvl_app.generation import Delta, FinishReason, Timings, Usage
+
+
+@dataclass
+class RequestRecord:
+    """One request's account, kept by the thread that answers it. Times are ``time.monotonic()``.
+
+    ``stages``: seconds that this thread spent, by stage: read, queue, image. What the backend
+    says of its own part comes with the last delta. ``reason``: why there is no answer.
+    """
+
+    arrived: float = field(default_factory=time.monotonic)
+    stages: dict[str, float] = field(default_factory=dict)
+    pixels: int | None = None
+    submitted: float | None = None  # when the backend got it
+    usage: Usage | None = None
+    timings: Timings | None = None
+    finish_reason: FinishReason | None = None
+    reason: str | None = None
+
+    @property
+    def age(self) -> float:
+        """Seconds since the request arrived."""
+        return time.monotonic() - self.arrived
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the block's time, however it ends, as the stage ``name``."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - began
+
+    def submit(self) -> None:
+        """The backend gets it now."""
+        self.submitted = time.monotonic()
+
+    def take(self, delta: Delta) -> str:
+        """Note what the last delta says; returns the delta's text."""
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            self.usage, self.timings = delta.usage, delta.timings
+        return delta.text

@@ -1,0 +1,56 @@
+"""One line for every request. No prompt, no answer, no file name, no query string."""
+
+from __future__ import annotations
+
+import logging
+
+from flask import Request, Response
+
+from qwenvl_app.record import RequestRecord
+
+log = logging.getLogger("qwenvl_app.access")
+
+Fields = dict[str, str | int | float | None]
+_LONGEST_PATH = 200
+
+
+def describe(request: Request, response: Response, route: str) -> Fields:
+    """What is known of a request and its answer without its account; sizes in bytes."""
+    return {
+        "method": request.method,
+        "route": route,
+        # Of a route that we have, the path says no more; of another one it is what was looked for.
+        "path": None if request.url_rule else request.path[:_LONGEST_PATH],
+        "status": response.status_code,
+        "client": request.remote_addr,
+        "bytes_in": request.content_length,
+        # To ask a stream for its length is to read all of it.
+        "bytes_out": None if response.is_streamed else response.calculate_content_length(),
+    }
+
+
+def write(request_id: str, about: Fields, record: RequestRecord) -> None:
+    """Log the line; what is not known is left out. Control characters: see ``logs``."""
+    fields: Fields = about | {"total_s": record.age}
+    fields |= {f"{name}_s": seconds for name, seconds in record.stages.items()}
+    if timings := record.timings:
+        fields |= {
+            "preprocess_s": timings.preprocess,
+            "slot_s": timings.queue,
+            "prefill_s": timings.prefill,
+            "decode_s": timings.decode,
+        }
+    fields["pixels"] = record.pixels
+    if usage := record.usage:
+        fields |= {
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "tokens": usage.completion_tokens,
+        }
+    fields |= {"finish": record.finish_reason, "reason": record.reason}
+    known = {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in fields.items()
+        if value is not None
+    }
+    log.info("request", extra={"request_id": request_id, "fields": known})

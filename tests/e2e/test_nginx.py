@@ -1,0 +1,170 @@
+"""deploy/nginx.conf, as it is, in front of a real gunicorn."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+from tests.e2e.apps import APART_S, PIECES
+from tests.e2e.nginx import BINARY, Nginx
+from tests.e2e.server import Server
+from tests.test_metrics import parse
+from tests.wire import END, GOOD, MULTIPART, PROMPT, ROUTE, encode, part, send
+
+pytestmark = [
+    pytest.mark.skipif(BINARY is None, reason="Debian's package nginx is not installed"),
+    pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed"),
+    # The certificate is signed by itself.
+    pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning"),
+]
+ANSWER = '{"status":"success","result":"circle"}'
+
+
+@pytest.fixture(scope="module")
+def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("behind") / "log", QWENVL_TRUSTED_HOPS="1")
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def nginx(behind: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
+    nginx = Nginx(tmp_path_factory.mktemp("nginx"), behind.port)
+    try:
+        yield nginx
+    finally:
+        nginx.stop()
+
+
+def post(nginx: Nginx, body: bytes, **headers: str) -> requests.Response:
+    return requests.post(
+        nginx.url + ROUTE,
+        data=body,
+        headers={"Content-Type": MULTIPART, **headers},
+        verify=False,
+        timeout=60,
+    )
+
+
+def test_a_request_through_tls(nginx: Nginx):
+    answer = post(nginx, GOOD, **{"X-Request-ID": "through-nginx"})
+    assert (answer.status_code, answer.text) == (200, ANSWER)
+    assert answer.headers["X-Request-ID"] == "through-nginx"
+    plain = requests.post(
+        f"http://127.0.0.1:{nginx.http}{ROUTE}", data=GOOD, allow_redirects=False, timeout=60
+    )
+    assert plain.status_code == 308  # a POST stays one
+    assert plain.headers["Location"].startswith("https://")
+
+
+def test_an_upload_of_15_mb_is_not_written_to_disk(nginx: Nginx):
+    noise = np.random.default_rng(0).integers(0, 256, (2240, 2240, 3), dtype=np.uint8)
+    image = encode(Image.fromarray(noise), "BMP")
+    assert len(image) > 15_000_000
+    answer = post(nginx, part("image", image, "a.bmp", "image/bmp") + PROMPT + END)
+    assert answer.status_code == 200
+    assert "temporary file" not in nginx.errors.read_text()
+
+
+@pytest.mark.parametrize("size", [20.5, 22])
+def test_too_large_is_the_same_sentence_from_both(nginx: Nginx, size: float):
+    answer = post(nginx, b"x" * int(size * 2**20))
+    assert answer.status_code == 413
+    assert answer.json() == {"detail": "上传的内容超过 20 MB 的限制。"}
+
+
+def test_the_address_in_the_log_is_the_clients_own(nginx: Nginx, behind: Server):
+    """One hop is trusted, and nginx writes over what the client says of itself."""
+    ident = {"X-Request-ID": "who-am-i", "X-Forwarded-For": "6.6.6.6"}
+    assert post(nginx, GOOD, **ident).status_code == 200
+    (line,) = [line for line in behind.log.read_text().splitlines() if "[who-am-i]" in line]
+    assert " client=127.0.0.1 " in line
+    assert "6.6.6.6" not in line
+
+
+def test_a_client_that_leaves_does_no_harm(nginx: Nginx, behind: Server):
+    """It goes away in the middle of its upload, and then while it waits for its answer."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    head = f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nContent-Type: {MULTIPART}\r\n"
+    head += f"Content-Length: {len(GOOD)}\r\n\r\n"
+    for sent in (len(GOOD) // 2, len(GOOD)):
+        with (
+            socket.create_connection(("127.0.0.1", nginx.https), 10) as raw,
+            context.wrap_socket(raw) as connection,
+        ):
+            connection.sendall(head.encode() + GOOD[:sent])
+    deadline = time.monotonic() + 20
+    while True:
+        samples = parse(send(behind.port, "GET", "/metrics").body.decode())
+        if samples["qwenvl_num_requests_running"] == samples["qwenvl_num_requests_waiting"] == 0:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert post(nginx, GOOD).text == ANSWER
+
+
+def test_a_reload_under_load_loses_no_request(nginx: Nginx, behind: Server):
+    answers: list[tuple[int, str]] = []
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            answer = post(nginx, GOOD)
+            answers.append((answer.status_code, answer.text))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for count in (10, 30, 50):
+        while len(answers) < count:
+            time.sleep(0.01)
+        nginx.reload()
+    while len(answers) < 80:
+        time.sleep(0.01)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert set(answers) == {(200, ANSWER)}
+    # They were really other workers: the old ones said that they end.
+    assert len(re.findall("gracefully shutting down", nginx.errors.read_text())) >= 6
+
+
+def test_a_stream_arrives_piece_by_piece_and_a_stopped_service_is_told(tmp_path: Path):
+    server = Server(tmp_path / "log", "tests.e2e.apps:app")
+    folder = tmp_path / "nginx"
+    folder.mkdir()
+    try:
+        server.wait("loading")
+        nginx = Nginx(folder, server.port)
+        try:
+            with requests.get(
+                nginx.url + "/stream", stream=True, verify=False, timeout=30
+            ) as answer:
+                pieces = [(time.monotonic(), piece) for piece in answer.iter_content(None)]
+            assert b"".join(piece for _, piece in pieces).count(b"data: ") == PIECES
+            assert len(pieces) == PIECES
+            assert pieces[-1][0] - pieces[0][0] > APART_S  # not all at once, at the end
+            server.stop()
+            gone = post(nginx, GOOD)
+            assert gone.status_code == 503
+            assert gone.json() == {"detail": "服务暂时不可用，请稍后重试。"}
+            assert gone.headers["Retry-After"] == "5"
+        finally:
+            nginx.stop()
+    finally:
+        server.stop()
