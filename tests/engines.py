@@ -91,7 +91,8 @@ def random_request(rng: random.Random, **sampling) -> GenerationRequest:
 def inputs_of(loaded: LoadedModel, asked: GenerationRequest) -> dict[str, torch.Tensor]:
     """What ``generate`` wants, a batch of one."""
     inputs = prepare(loaded, asked.image, asked.prompt)
-    features = loaded.image_processor(images=[asked.image], return_tensors="pt")
+    picture = loaded.patcher.resized(asked.image)  # not as Pillow alone would: see pixels.py
+    features = loaded.image_processor(images=[picture], return_tensors="pt")
     types = torch.zeros(1, len(inputs.ids), dtype=torch.long)
     types[:, inputs.image_tokens.start : inputs.image_tokens.stop] = 1
     return {

@@ -71,7 +71,7 @@ def test_doctor_on_this_machine():
 def test_doctor_fails_if_the_service_would(tmp_path: Path):
     done = flask("doctor", "--bind", "127.0.0.1:0", QWENVL_MODEL=str(tmp_path))
     assert done.returncode == 1
-    assert "FAIL  model: the model directory lacks config.json" in done.stdout
+    assert "FAIL  model: the model directory is empty" in done.stdout
 
 
 def test_secrets_are_not_shown():

@@ -135,7 +135,8 @@ def test_the_vision_tower_in_pieces_is_the_vision_tower(wild):
 
     class Job:
         def __init__(self, image):
-            self.pixels = wild.image_processor(images=[image], return_tensors="pt").pixel_values
+            resized = wild.patcher.resized(image)
+            self.pixels = wild.image_processor(images=[resized], return_tensors="pt").pixel_values
             self.inputs = prepare(wild, image, "x")
             self.inputs.pixels = wild.patcher.patches(image)
             self.patches = len(self.inputs.pixels)

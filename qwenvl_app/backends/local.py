@@ -88,7 +88,7 @@ class LocalBackend:
     def _start(self) -> Engine:
         # Not at the top: importing torch and transformers takes seconds, in which /livez is to
         # answer already.
-        from qwenvl_app.engine import cpu, memory, model
+        from qwenvl_app.engine import cpu, memory, model, warm_up
         from qwenvl_app.engine import engine as engines
 
         settings = self._settings
@@ -109,7 +109,14 @@ class LocalBackend:
             prefix_cache_bytes=settings.prefix_cache_mb * 2**20,
             prefill_chunk=settings.prefill_chunk,
         )
-        return engines.Engine(loaded, options)
+        engine = engines.Engine(loaded, options)
+        self._say("warming up")
+        try:
+            warm_up.warm_up(engine)
+        except ModelLoadError:
+            engine.close()
+            raise
+        return engine
 
     def _say(self, message: str) -> None:
         """Tell how far the loading is: in the status at once, in the log now and then."""

@@ -1,19 +1,19 @@
 """Finding a checkpoint's directory, and checking it before anything is loaded.
 
 So that what is wrong with it is said in a sentence and not in a traceback. The layout is that of
-``Qwen/Qwen3-VL-8B-Instruct``.
+``Qwen/Qwen3-VL-8B-Instruct``; ``tests/test_model_loading.py`` has a table of all that can be wrong.
 """
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from qwenvl_app.engine import weights
+from qwenvl_app.engine.files import read_json, readable, refuse_pointer
 from qwenvl_app.errors import ModelLoadError
 
 log = logging.getLogger(__name__)
@@ -21,6 +21,15 @@ log = logging.getLogger(__name__)
 DEMO = Path(__file__).resolve().parent.parent / "demo_model"
 MODEL_TYPE = "qwen3_vl"
 _MODELSCOPE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DTYPES = ("float32", "bfloat16", "float16")
+# What transformers needs for quantised weights, and how pip calls it. Nothing more for fp8.
+_QUANTISED = {
+    "awq": {"gptqmodel": "gptqmodel"},
+    "gptq": {"gptqmodel": "gptqmodel", "optimum": "optimum"},
+    "bitsandbytes": {"bitsandbytes": "bitsandbytes"},
+    "compressed-tensors": {"compressed_tensors": "compressed-tensors"},
+    "fp8": {},
+}
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 
 
@@ -32,10 +41,11 @@ def find(name: str, *, download: bool = True) -> Path:
     if name == "demo":
         return DEMO
     path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelLoadError("MODEL is a file; it must be a checkpoint's directory")
+    with readable("the directory that MODEL names"):
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise ModelLoadError("MODEL is a file; it must be a checkpoint's directory")
     if not _MODELSCOPE_ID.fullmatch(name):
         raise ModelLoadError("the directory that MODEL names does not exist")
     # Only now: modelscope takes a second to import, and nothing else here talks to a network.
@@ -62,53 +72,65 @@ def check(directory: Path) -> str:
 
     Raises ModelLoadError.
     """
-    for file in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        _read_json(directory, file)
-    if not (directory / "tokenizer.json").is_file():
+    with readable("the model directory"):
+        names = sorted(path.name for path in directory.iterdir())
+    if not names:
+        raise ModelLoadError(
+            "the model directory is empty; copy or download the checkpoint into it"
+        )
+    for file in names:
+        refuse_pointer(directory, file)
+    if "config.json" not in names:
+        weights.refuse_gguf(names)
+    _check_config(read_json(directory, "config.json"))
+    for file in ("preprocessor_config.json", "tokenizer_config.json"):
+        read_json(directory, file)
+    if "generation_config.json" in names:
+        read_json(directory, "generation_config.json")
+    if "tokenizer.json" in names:
+        read_json(directory, "tokenizer.json")
+    else:
         for file in ("vocab.json", "merges.txt"):
-            if not (directory / file).is_file():
+            if file not in names:
                 raise ModelLoadError(f"the model directory lacks tokenizer.json and {file}")
-    model_type = _read_json(directory, "config.json").get("model_type")
+    weights.check(directory, names)
+    return _chat_template(directory)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    model_type = config.get("model_type")
     if model_type != MODEL_TYPE:
         raise ModelLoadError(
             f"config.json has model_type {model_type!r}; supported is {MODEL_TYPE!r}"
         )
-    for file in weight_files(directory):
-        try:
-            with safe_open(directory / file, framework="pt") as tensors:
-                tensors.keys()
-        except FileNotFoundError:
-            raise ModelLoadError(f"the model directory lacks {file}") from None
-        except (SafetensorError, OSError):
+    parts = {name: config.get(name) for name in ("text_config", "vision_config")}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
             raise ModelLoadError(
-                f"{file} is truncated or damaged; copy or download it again"
-            ) from None
-    return _chat_template(directory)
+                f"config.json has no {name}; take the checkpoint's own config.json"
+            )
+    for part in (config, *parts.values()):
+        for key in ("dtype", "torch_dtype"):
+            if part and (dtype := part.get(key)) is not None and dtype not in _DTYPES:
+                raise ModelLoadError(
+                    f"config.json has {key} {dtype!r}; it must be one of {', '.join(_DTYPES)}"
+                )
+    if (quantised := config.get("quantization_config")) is not None:
+        _check_quantisation(quantised)
 
 
-def _read_json(directory: Path, file: str) -> dict[str, Any]:
-    try:
-        content = json.loads((directory / file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelLoadError(f"the model directory lacks {file}") from None
-    except OSError as error:
-        raise ModelLoadError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise ModelLoadError(f"{file} is not valid JSON; copy or download it again") from None
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"{file} is not a JSON object; copy or download it again")
-    return content
-
-
-def weight_files(directory: Path) -> list[str]:
-    """The names of the files that hold the weights; they may be missing. Raises ModelLoadError."""
-    index = "model.safetensors.index.json"
-    if not (directory / index).exists():
-        return ["model.safetensors"]
-    weight_map = _read_json(directory, index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelLoadError(f"{index} has no weight_map; copy or download it again")
-    return sorted(set(weight_map.values()))
+def _check_quantisation(config: Any) -> None:
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    if method not in _QUANTISED:
+        raise ModelLoadError(
+            f"config.json has quant_method {method!r}; supported are {', '.join(_QUANTISED)}"
+        )
+    packages = _QUANTISED[method]
+    if missing := [packages[name] for name in packages if importlib.util.find_spec(name) is None]:
+        raise ModelLoadError(
+            f"the weights are quantised with {method}, which needs another package: "
+            f"pip install {' '.join(missing)}"
+        )
 
 
 def _chat_template(directory: Path) -> str:
@@ -117,8 +139,9 @@ def _chat_template(directory: Path) -> str:
         if not path.is_file():
             continue
         if path.suffix == ".jinja":
-            return path.read_text(encoding="utf-8")
-        template = _read_json(directory, file).get("chat_template")
+            with readable(file):
+                return path.read_text(encoding="utf-8")
+        template = read_json(directory, file).get("chat_template")
         if isinstance(template, str):
             return template
     raise ModelLoadError(f"no chat template: looked in {', '.join(_TEMPLATES)}")

@@ -15,21 +15,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
-from qwenvl_app.engine import progress
+from qwenvl_app.engine import processing, progress
 from qwenvl_app.engine.checkpoint import check, find
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
 from qwenvl_app.engine.pixels import Patcher
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
 from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.errors import ModelLoadError
-from qwenvl_app.prompts import IMAGE_PAD, PromptBuilder
+from qwenvl_app.prompts import PromptBuilder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,8 +65,7 @@ def load(
     directory = find(name)
     log.info("loading the model from %s", directory)
     template = check(directory)
-    # Typed as Any: transformers' own annotations know neither the report nor the auto classes.
-    auto: Any = AutoImageProcessor
+    # Typed as Any: transformers' own annotations don't know the report.
     family: Any = Qwen3VLForConditionalGeneration
     with progress.told(say):
         model, report = family.from_pretrained(
@@ -82,21 +76,18 @@ def load(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below
+        )
+    for tensor, stored, wanted in sorted(report["mismatched_keys"]):
+        raise ModelLoadError(
+            f"the weights do not fit config.json: {tensor} is {tuple(stored)} and should be "
+            f"{tuple(wanted)}; the files are not of one checkpoint"
         )
     if missing := sorted(report["missing_keys"]):  # they would be filled with random numbers
         raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
-    control, text = (
-        AutoTokenizer.from_pretrained(directory, local_files_only=True) for _ in range(2)
-    )
-    image_id = control.convert_tokens_to_ids(IMAGE_PAD)
-    if image_id != model.config.image_token_id:
-        raise ModelLoadError(
-            f"the tokenizer's {IMAGE_PAD} is {image_id}, config.json says "
-            f"{model.config.image_token_id}: the files are not of one checkpoint"
-        )
-    processor = auto.from_pretrained(directory, local_files_only=True)
-    prompts = PromptBuilder(control, text, template, processor.merge_size)
-    return LoadedModel(model.eval(), processor, control, prompts)
+    if model.generation_config.eos_token_id is None:
+        raise ModelLoadError("generation_config.json has no eos_token_id: no answer would ever end")
+    return LoadedModel(model.eval(), *processing.load(directory, model.config, template))
 
 
 def prepare(loaded: LoadedModel, image: Image, text: str) -> Inputs:

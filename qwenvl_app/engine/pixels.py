@@ -1,8 +1,12 @@
 """An RGB image to the vision tower's patches, as the checkpoint's image processor would.
 
-transformers' ``Qwen2VLImageProcessorPil`` gives the same to the last bit but one. But it copies a
-picture seven times on the way, and a 12-megapixel photo then takes five times as long, 1.4 s more
-on one core: longer than all else that happens before its first token.
+transformers' ``Qwen2VLImageProcessorPil`` gives the same to the last bit but one, for a picture
+that needs no resizing. But it copies a picture seven times on the way, and a 12-megapixel photo
+then takes five times as long, 1.4 s more on one core: longer than all else before its first token.
+
+Resizing is torchvision's, which the checkpoints were made and published with: columns first.
+Pillow picks the cheaper order, and since each of the two passes cuts off at black and white, sharp
+edges then differ by up to 23 of 255 levels (``tests/parity.py``); so it is asked twice.
 """
 
 from __future__ import annotations
@@ -53,6 +57,14 @@ class Patcher:
         )
         return 1, height // self.side, width // self.side
 
+    def resized(self, image: Image) -> Image:
+        """``image`` in the size that is cut into patches: the same object if it has it already."""
+        _, rows, columns = self.grid(image)
+        for size in ((columns * self.side, image.height), (columns * self.side, rows * self.side)):
+            if image.size != size:
+                image = image.resize(size, self._resample)
+        return image
+
     def patches(self, image: Image) -> torch.Tensor:
         """Float32 (patches, 3, side, side), on the CPU: those that are merged, side by side.
 
@@ -60,9 +72,7 @@ class Patcher:
         """
         side, merge = self.side, self.merge
         _, rows, columns = self.grid(image)
-        if image.size != (columns * side, rows * side):
-            image = image.resize((columns * side, rows * side), self._resample)
-        blocks = np.asarray(image).reshape(
+        blocks = np.asarray(self.resized(image)).reshape(
             rows // merge, merge, side, columns // merge, merge, side, 3
         )
         blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)

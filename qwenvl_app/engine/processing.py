@@ -1,0 +1,78 @@
+"""What turns requests into a model's inputs, loaded and checked against the model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+
+from qwenvl_app.engine.pixels import Patcher
+from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.prompts import IMAGE_PAD, PromptBuilder
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    directory: Path, config: Any, template: str
+) -> tuple[Any, PreTrainedTokenizerBase, PromptBuilder]:
+    """The image processor, the tokenizer and the prompts of ``directory``.
+
+    ``config`` is the model's. Raises ModelLoadError, also if they are not of one checkpoint.
+    """
+    auto: Any = AutoImageProcessor  # transformers' annotations don't know it
+    try:
+        processor = auto.from_pretrained(directory, local_files_only=True)
+        control, text = (
+            AutoTokenizer.from_pretrained(directory, local_files_only=True) for _ in range(2)
+        )
+    except Exception:  # whatever their parsers have for what they do not understand
+        log.exception("the processor's files can't be used")
+        raise ModelLoadError(
+            "preprocessor_config.json or the tokenizer's files can't be used; copy or download "
+            "all that is not weights again"
+        ) from None
+    _check_tokenizer(control, config)
+    _check_processor(Patcher(processor), config.vision_config)
+    try:
+        prompts = PromptBuilder(control, text, template, processor.merge_size)
+    except (ValueError, TemplateError):
+        raise ModelLoadError(
+            "the chat template does not place one image and behind it the user's text; take the "
+            "checkpoint's own"
+        ) from None
+    return processor, control, prompts
+
+
+def _check_tokenizer(tokenizer: Any, config: Any) -> None:
+    vocabulary = tokenizer.get_vocab()
+    image_id, known = vocabulary.get(IMAGE_PAD), config.text_config.vocab_size
+    if image_id is None:
+        raise ModelLoadError(
+            f"the tokenizer has no {IMAGE_PAD}; copy or download the checkpoint's own tokenizer"
+        )
+    if image_id != config.image_token_id:
+        raise ModelLoadError(
+            f"the tokenizer's {IMAGE_PAD} is {image_id}, config.json says "
+            f"{config.image_token_id}: the files are not of one checkpoint"
+        )
+    if (last := max(vocabulary.values())) >= known:
+        raise ModelLoadError(
+            f"the tokenizer has ids up to {last}, but config.json's vocab_size is {known}: the "
+            "files are not of one checkpoint"
+        )
+
+
+def _check_processor(patcher: Patcher, vision: Any) -> None:
+    for ours, theirs, name in (
+        (patcher.side, vision.patch_size, "patch_size"),
+        (patcher.merge, vision.spatial_merge_size, "merge_size"),
+    ):
+        if ours != theirs:
+            raise ModelLoadError(
+                f"preprocessor_config.json has {name} {ours}, config.json has {theirs}: the files "
+                "are not of one checkpoint"
+            )
