@@ -62,7 +62,7 @@ class PromptBuilder:
         """Token ids for one picture of ``grid`` (time, rows, columns) patches and ``text``."""
         patches = grid[0] * grid[1] * grid[2] // self._merged
         words = self._text_tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=True
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
         ids = [*self._opening, *[self._image] * patches, *self._closing, *words, *self._turn]
         types = [0] * len(ids)

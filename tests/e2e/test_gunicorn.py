@@ -176,7 +176,7 @@ def test_a_broken_model_directory(tmp_path: Path, damage: str):
     if damage != "missing":
         shutil.copytree(DEMO, directory)
         file = directory / "model.safetensors"
-        message = "the model directory lacks model.safetensors"
+        message = "the model directory lacks model.safetensors; copy or download it again"
         if damage == "truncated":
             file.write_bytes(file.read_bytes()[:1_000_000])
             message = "model.safetensors is truncated or damaged; copy or download it again"
