@@ -424,8 +424,8 @@ def _until(condition) -> None:
 
 def test_a_long_field_of_the_wrong_kind_does_not_come_back_whole(client):
     """A megabyte of NULs was answered with six, of which a slow reader made a held thread."""
-    data = {"prompt": "x", "image": "\0" * 1_000_000}
-    answer = client.post("/v1/image/recognize", data=data, content_type="multipart/form-data")
+    body = part("image", b"\0" * 1_000_000) + PROMPT + END
+    answer = client.post(ROUTE, data=body, content_type=MULTIPART)
     assert answer.status_code == 422
     assert answer.json["detail"][0]["input"] == "\0" * 1000
     assert len(answer.data) < 10_000
