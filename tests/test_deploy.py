@@ -79,6 +79,8 @@ def test_the_unit_agrees_with_the_rest():
     assert "BASE=/opt/$NAME" in install
     assert "useradd --system --user-group --home-dir /var/lib/$NAME" in install
     assert unit["User"] == ["qwenvl"]
+    # with which config/gunicorn.conf.py says that a setting is wrong
+    assert unit["RestartPreventExitStatus"] == [str(os.EX_CONFIG)]
     assert unit["ExecStart"][0].endswith("gunicorn -c config/gunicorn.conf.py wsgi:app")
 
 
