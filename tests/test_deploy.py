@@ -184,6 +184,36 @@ def test_compose_names_files_that_exist():
                 assert (DEPLOY / volume.split(":")[0]).exists(), volume
 
 
+def test_as_service_has_the_units_environment(tmp_path: Path):
+    """The doctor saw neither the model in the service's cache nor what the secrets' file sets.
+
+    Here runuser is a script that prints what it was given, and /etc another directory.
+    """
+    script = tmp_path / "deploy" / "as-service"
+    script.parent.mkdir()
+    text = (DEPLOY / "as-service").read_text(encoding="utf-8")
+    assert os.access(DEPLOY / "as-service", os.X_OK)
+    unit = directives(UNIT)
+    secrets = unit["EnvironmentFile"][0].removeprefix("-")
+    assert f"SECRETS={secrets}" in text
+    script.write_text(text.replace(f"={secrets}", f"={tmp_path}/secrets"), encoding="utf-8")
+    (tmp_path / "secrets").write_text(
+        '# keys\nQWENVL_API_KEYS=a b$c,d\nQWENVL_MODEL="x y"\n', encoding="utf-8"
+    )
+    runuser = tmp_path / "runuser"
+    runuser.write_text('#!/bin/sh\npwd\necho "$@"\nenv\n')
+    runuser.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "QWENVL_DEVICE": "cpu"}
+    done = run("sh", str(script), "command", "-x", env=environ)
+    assert done.stderr == ""
+    told = done.stdout.splitlines()
+    assert told[:2] == [str(tmp_path), f"-u {unit['User'][0]} -- command -x"]
+    expected = " ".join(unit["Environment"]).split()
+    assert len(expected) == 4
+    assert {*expected, "QWENVL_API_KEYS=a b$c,d", "QWENVL_MODEL=x y"} <= set(told)
+    assert not any(line.startswith("QWENVL_DEVICE=") for line in told)
+
+
 def test_the_installer_is_a_valid_script():
     script = DEPLOY / "install.sh"
     assert os.access(script, os.X_OK)
