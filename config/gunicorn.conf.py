@@ -19,7 +19,8 @@ from qwenvl_app.settings import SettingsError, load_settings
 try:
     _settings = load_settings()
 except SettingsError as error:  # one line, and no worker that dies again and again
-    sys.exit(f"qwenvl: {error}")
+    sys.stderr.write(f"qwenvl: {error}\n")
+    sys.exit(os.EX_CONFIG)  # of its own: gunicorn's 1 is also a port that is in use
 
 bind = "0.0.0.0:8000"
 # The model is resident in the worker: a second one would load it twice.

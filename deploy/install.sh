@@ -9,7 +9,10 @@ umask 022
 cd "$(dirname "$0")/.."
 
 NAME=qwen_vl_api
-VERSION=${1:-$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-$(git rev-parse --short HEAD 2>/dev/null || date +%Y%m%d%H%M)}
+COMMIT=$(git describe --always --dirty --exclude '*' 2>/dev/null || date +%Y%m%d%H%M%S)
+# What is not committed has no name of its own: the time is added, so that no release is taken for it.
+case $COMMIT in *-dirty) COMMIT=$COMMIT-$(date +%Y%m%d%H%M%S) ;; esac
+VERSION=${1:-$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-$COMMIT}
 BASE=/opt/$NAME
 RELEASE=$BASE/releases/$VERSION
 
@@ -41,6 +44,9 @@ install -m 0644 deploy/$NAME.service /etc/systemd/system/$NAME.service
 # The unit may use the GPU's devices, but not make them.
 if [ -e /dev/nvidiactl ]; then echo nvidia-uvm >/etc/modules-load.d/$NAME.conf; fi
 
+# The unit's StateDirectory, for as-service before the first start.
+install -d -m 0750 -o qwenvl -g qwenvl /var/lib/$NAME
+
 if [ -d /run/systemd/system ]; then
     systemctl daemon-reload
     systemctl enable $NAME
@@ -48,6 +54,6 @@ fi
 cat <<TEXT
 Installed $RELEASE.
 Next: say in /etc/$NAME/settings.toml which model to serve, then
-    cd $BASE/current && sudo -u qwenvl QWENVL_CONFIG=/etc/$NAME/settings.toml .venv/bin/flask --app wsgi doctor
+    $BASE/current/deploy/as-service .venv/bin/flask --app wsgi doctor
     systemctl restart $NAME
 TEXT

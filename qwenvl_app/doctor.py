@@ -19,7 +19,9 @@ from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.settings import Settings
 
 _ROOT = Path(__file__).resolve().parent.parent
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
+# Qwen3-VL's patches are 16 by 16, and two by two of them make a token.
+_PIXELS_A_TOKEN = 32 * 32
 # Libraries, buffers and what CUDA takes for itself, beside what is counted here.
 _BASE = int(1.5 * _GIB)
 # Of a decoded picture: RGB, a copy while it is turned or resized, floats of the resized one.
@@ -116,16 +118,21 @@ def _no_gpu() -> str:
 def _memory(settings: Settings, need: footprint.Footprint) -> Iterator[Finding]:
     gpus = _gpus(settings)
     host = free_memory(torch.device("cpu"))
-    pictures = settings.max_concurrency * settings.max_image_megapixels * 1e6 * _BYTES_A_PIXEL
+    picture = settings.max_image_megapixels * 1e6 * _BYTES_A_PIXEL
+    pictures = settings.max_concurrency * picture
     if not gpus:
-        yield _fits("memory", settings, need, host - _BASE - int(pictures))
+        free = host - _BASE - int(pictures)
+        yield _fits("memory", settings, need, free, free)
         return
-    yield _fits("GPU memory", settings, need, sum(map(free_memory, gpus)) - _BASE)
+    free, total = map(sum, zip(*map(torch.cuda.mem_get_info, gpus), strict=True))
+    yield _fits("GPU memory", settings, need, free - _BASE, total - _BASE)
     text = f"{_gib(host)} free, up to {_gib(_BASE + pictures)} wanted for libraries and pictures"
     if host >= _BASE + pictures:
         yield Finding(Level.OK, "host memory", text)
     else:
-        more = "; lower MAX_CONCURRENCY or MAX_IMAGE_MEGAPIXELS"
+        fewer = int(max(0, host - _BASE) / picture)
+        fits = f"MAX_CONCURRENCY={fewer} fits; or " if fewer else ""
+        more = f"; {fits}lower MAX_IMAGE_MEGAPIXELS"
         yield Finding(Level.WARN, "host memory", text + more)
 
 
@@ -135,30 +142,59 @@ def _gpus(settings: Settings) -> list[torch.device]:
     return [torch.device(settings.device)] if settings.device.startswith("cuda") else []
 
 
-def _fits(about: str, settings: Settings, need: footprint.Footprint, free: int) -> Finding:
+def _fits(
+    about: str, settings: Settings, need: footprint.Footprint, free: int, total: int
+) -> Finding:
+    """What is needed against ``free`` bytes, and against all there are if those are too few."""
+    level, text = _judge(settings, need, free)
+    if level is not Level.OK and _judge(settings, need, total)[0] not in (level, Level.FAIL):
+        level = Level.WARN
+        used = _gib(total - free)
+        text += f"; but {used} are in use, perhaps by this service: stop it and ask again"
+    return Finding(level, about, text)
+
+
+def _judge(settings: Settings, need: footprint.Footprint, free: int) -> tuple[Level, str]:
     """Weights, KV cache, known pictures and the vision tower against ``free`` bytes."""
     after = free - need.weights
-    cache = settings.kv_cache_mb * 2**20 or after // 2
-    one = need.kv(1, settings.max_new_tokens)
+    cache = settings.kv_cache_mb * _MIB or after // 2
+    known = settings.prefix_cache_mb * _MIB
     everyone = need.kv(settings.max_concurrency, settings.max_new_tokens)
     text = (
-        f"{_gib(free)} free; weights {_gib(need.weights)}, KV cache {_gib(max(0, cache))} where "
-        f"{settings.max_concurrency} of the largest requests want {_gib(everyone)}, vision tower "
-        f"up to {_gib(need.vision)}, known pictures {_gib(settings.prefix_cache_mb * 2**20)}"
+        f"{_gib(max(0, free))} free; weights {_gib(need.weights)}, KV cache {_gib(max(0, cache))} "
+        f"where {settings.max_concurrency} of the largest requests want {_gib(everyone)}, vision "
+        f"tower up to {_gib(need.vision)}, known pictures {_gib(known)}; "
     )
     if after <= 0:
-        more = "the weights do not fit: take a smaller checkpoint, DTYPE=bfloat16, or more memory"
-        return Finding(Level.FAIL, about, f"{text}; {more}")
-    if cache + need.vision + settings.prefix_cache_mb * 2**20 > after:
-        more = "together too much: lower KV_CACHE_MB, PREFIX_CACHE_MB or MAX_IMAGE_MEGAPIXELS"
-        return Finding(Level.FAIL if settings.kv_cache_mb else Level.WARN, about, f"{text}; {more}")
-    if cache < one:
-        more = "the largest request does not fit: raise KV_CACHE_MB, lower MAX_IMAGE_MEGAPIXELS"
-        return Finding(Level.WARN, about, f"{text}; {more}")
+        half = "DTYPE=bfloat16, " if need.dtype == "float32" else ""
+        more = f"the weights do not fit: take {half}a smaller checkpoint or more memory"
+        return Level.FAIL, text + more
+    too_much = cache + need.vision + known > after
+    level = Level.FAIL if too_much and settings.kv_cache_mb else Level.WARN
+    advice = _advice(settings, need, after - need.vision)
+    if cache < need.kv(1, settings.max_new_tokens):
+        return level, f"{text}the largest request does not fit: {advice}"
+    if too_much:
+        return level, f"{text}together too much: {advice}"
     if cache < everyone:
-        more = "large ones wait for one another; that is no error"
-        return Finding(Level.OK, about, f"{text}; {more}")
-    return Finding(Level.OK, about, text)
+        return Level.OK, f"{text}large ones wait for one another; that is no error"
+    return Level.OK, text.removesuffix("; ")
+
+
+def _advice(settings: Settings, need: footprint.Footprint, spare: int) -> str:
+    """Values that fit, where both caches together may take ``spare`` bytes."""
+    least = -(-need.kv(1, settings.max_new_tokens) // _MIB)
+    room = spare // _MIB
+    if room < least:
+        largest = need.picture_tokens * _PIXELS_A_TOKEN / 1e6
+        return (
+            f"MAX_IMAGE_MEGAPIXELS below {largest:.1f} refuses larger pictures, which then need "
+            "not fit; or take a smaller checkpoint or more memory"
+        )
+    known = min(settings.prefix_cache_mb, room - least)
+    lower = f" and PREFIX_CACHE_MB={known}" if known < settings.prefix_cache_mb else ""
+    upto = f" to {room - known}" if room - known > least else ""
+    return f"KV_CACHE_MB={least}{upto}{lower} would fit"
 
 
 def _port(bind: str) -> Finding:

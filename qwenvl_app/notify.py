@@ -22,19 +22,26 @@ def start(status: Callable[[], Status], send: Callable[[str], None]) -> None:
 
 
 def _watch(status: Callable[[], Status], send: Callable[[str], None]) -> None:
-    before: Phase | None = None
+    before: Status | None = None
     while True:
-        send("\n".join(messages(now := status(), before)))
-        before = now.phase
+        if told := messages(now := status(), before):
+            send("\n".join(told))
+        before = now
         time.sleep(PERIOD_S)
 
 
-def messages(now: Status, before: Phase | None) -> list[str]:
-    """What systemd is told of ``now``, when it was last told of ``before``."""
-    told = [f"STATUS={now.phase} for {now.age:.0f} s: {now.message}".replace("\n", " ")]
+def messages(now: Status, before: Status | None) -> list[str]:
+    """What systemd is told of ``now``, when it was last told of ``before``.
+
+    Its age is not: systemd would have to be told, and to tell its listeners, every second.
+    """
+    told = []
+    if before is None or (now.phase, now.message) != (before.phase, before.message):
+        told.append(f"STATUS={now.phase}: {now.message}".replace("\n", " "))
+    new = before is None or now.phase is not before.phase
     if now.phase is Phase.FAILED:
         # The unit's watchdog acts: what failed for good is no better after a while.
-        return [*told, "WATCHDOG=trigger"] if before is not Phase.FAILED else told
-    if now.phase is not before:
+        return [*told, "WATCHDOG=trigger"] if new else told
+    if new:
         told += {Phase.READY: ["READY=1"], Phase.DRAINING: ["STOPPING=1"]}.get(now.phase, [])
     return [*told, "WATCHDOG=1"]

@@ -79,6 +79,8 @@ def test_the_unit_agrees_with_the_rest():
     assert "BASE=/opt/$NAME" in install
     assert "useradd --system --user-group --home-dir /var/lib/$NAME" in install
     assert unit["User"] == ["qwenvl"]
+    # with which config/gunicorn.conf.py says that a setting is wrong
+    assert unit["RestartPreventExitStatus"] == [str(os.EX_CONFIG)]
     assert unit["ExecStart"][0].endswith("gunicorn -c config/gunicorn.conf.py wsgi:app")
 
 
@@ -88,14 +90,16 @@ def test_nginx_agrees_with_the_settings():
     settings = load_settings({})
 
     def number(name: str) -> int:
-        found = re.search(rf"\b{name} (?:qwen_vl_all )?(\d+)[ms]?;", text)
+        found = re.search(rf"\b{name} (\d+)[ms]?;", text)
         assert found, name
         return int(found[1])
 
     assert number("client_max_body_size") == settings.max_upload_mb + 1
     assert number("client_body_buffer_size") >= number("client_max_body_size")
     assert f"超过 {settings.max_upload_mb} MB" in text
-    assert number("limit_conn") > settings.max_concurrency + settings.max_waiting
+    everybody = number("limit_conn qwen_vl_all")
+    assert everybody > settings.max_concurrency + settings.max_waiting
+    assert everybody > number("limit_conn qwen_vl_one") >= settings.max_concurrency
     assert number("proxy_read_timeout") > settings.request_timeout_s
     assert "proxy_buffering off" in text
 
@@ -178,6 +182,37 @@ def test_compose_names_files_that_exist():
         for volume in service.get("volumes", []):
             if volume.startswith("./"):
                 assert (DEPLOY / volume.split(":")[0]).exists(), volume
+
+
+def test_as_service_has_the_units_environment(tmp_path: Path):
+    """The doctor saw neither the model in the service's cache nor what the secrets' file sets.
+
+    Here runuser is a script that prints what it was given, and /etc another directory.
+    """
+    script = tmp_path / "deploy" / "as-service"
+    script.parent.mkdir()
+    text = (DEPLOY / "as-service").read_text(encoding="utf-8")
+    assert os.access(DEPLOY / "as-service", os.X_OK)
+    unit = directives(UNIT)
+    secrets = unit["EnvironmentFile"][0].removeprefix("-")
+    assert f"SECRETS={secrets}" in text
+    script.write_text(text.replace(f"={secrets}", f"={tmp_path}/secrets"), encoding="utf-8")
+    (tmp_path / "secrets").write_text(
+        '# keys\nQWENVL_API_KEYS=a b$c,d\nQWENVL_MODEL="x y"\n', encoding="utf-8"
+    )
+    runuser = tmp_path / "runuser"
+    runuser.write_text('#!/bin/sh\npwd\necho "$@"\nenv\n')
+    runuser.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "QWENVL_DEVICE": "cpu"}
+    done = run("sh", str(script), "command", "-x", env=environ)
+    assert done.stderr == ""
+    told = done.stdout.splitlines()
+    expected = " ".join(unit["Environment"]).split()
+    home = next(variable for variable in expected if variable.startswith("HOME="))
+    assert told[:2] == [str(tmp_path), f"-u {unit['User'][0]} -- env {home} command -x"]
+    assert len(expected) == 4
+    assert {*expected, "QWENVL_API_KEYS=a b$c,d", "QWENVL_MODEL=x y"} <= set(told)
+    assert not any(line.startswith("QWENVL_DEVICE=") for line in told)
 
 
 def test_the_installer_is_a_valid_script():

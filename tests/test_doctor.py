@@ -75,18 +75,36 @@ NEED = Footprint(1, "bfloat16", 16 * GIB, 2**17, 2**18, 16384, 2 * GIB)
 @pytest.mark.parametrize(
     ("free", "changes", "level", "words"),
     [
-        (60, {}, Level.OK, ""),
+        (60, {}, Level.OK, "2.0 GiB, known pictures 0.5 GiB"),
         (24, {}, Level.OK, "wait for one another"),
-        (19, {}, Level.WARN, "together too much"),
-        (15, {}, Level.FAIL, "the weights do not fit"),
-        (24, {"kv_cache_mb": 1000}, Level.WARN, "the largest request does not fit"),
-        (24, {"kv_cache_mb": 7000}, Level.FAIL, "together too much"),
+        (20.9, {}, Level.WARN, "together too much: KV_CACHE_MB=2301 to 2457 would fit"),
+        (21, {"kv_cache_mb": 1000}, Level.WARN, "not fit: KV_CACHE_MB=2301 to 2560 would"),
+        (20.5, {}, Level.WARN, "too much: KV_CACHE_MB=2301 and PREFIX_CACHE_MB=259 would fit"),
+        (19, {}, Level.WARN, "not fit: MAX_IMAGE_MEGAPIXELS below 16.8 refuses larger pictures"),
+        (24, {"kv_cache_mb": 7000}, Level.FAIL, "too much: KV_CACHE_MB=2301 to 5632 would"),
+        (15, {}, Level.FAIL, "the weights do not fit: take a smaller checkpoint or more memory"),
     ],
 )
-def test_memory(free: int, changes: dict[str, int], level: Level, words: str):
-    found = doctor._fits("GPU memory", load_settings({}, **changes), NEED, free * GIB)
+def test_memory(free: float, changes: dict[str, int], level: Level, words: str):
+    """It used to say "lower KV_CACHE_MB" where that was 0, and "raise" it where it was too high."""
+    size = int(free * GIB)
+    found = doctor._fits("GPU memory", load_settings({}, **changes), NEED, size, size)
     assert found.level is level
     assert words in found.text
+
+
+@pytest.mark.parametrize(("free", "total"), [(2, 60), (20.5, 60), (2, 20.5)])
+def test_memory_that_the_service_itself_may_hold(free: float, total: float):
+    """While it ran, or the one that it replaces, the doctor said that the weights do not fit."""
+    found = doctor._fits("GPU memory", load_settings({}), NEED, int(free * GIB), int(total * GIB))
+    assert found.level is Level.WARN
+    assert f"{total - free:.1f} GiB are in use, perhaps by this service: stop it" in found.text
+
+
+def test_memory_that_is_too_small_even_if_nobody_uses_it():
+    found = doctor._fits("GPU memory", load_settings({}), NEED, 2 * GIB, 15 * GIB)
+    assert found.level is Level.FAIL
+    assert "in use" not in found.text
 
 
 def test_a_port_that_is_taken():

@@ -24,6 +24,17 @@ from qwenvl_app.notify import messages
 )
 def test_what_systemd_is_told(phase: Phase, before: Phase | None, expected: list[str]):
     """READY once, STOPPING once; a service that has failed for good gives no sign of life."""
-    status = Status(phase, "a sentence\nof two lines", time.monotonic() - 12)
-    told = messages(status, before)
-    assert told == [f"STATUS={phase} for 12 s: a sentence of two lines", *expected]
+    since = time.monotonic()
+    last = before and Status(before, "a sentence\nof two lines", since)
+    told = messages(Status(phase, "a sentence\nof two lines", since), last)
+    status = [] if phase is before else [f"STATUS={phase}: a sentence of two lines"]
+    assert told == [*status, *expected]
+
+
+def test_a_status_is_told_once():
+    """It had its age in it, so that systemd and who listens to it heard a new one every second."""
+    first = Status(Phase.LOADING, "loading the weights: 1 of 2", time.monotonic() - 12)
+    assert messages(first, None)[0] == "STATUS=loading: loading the weights: 1 of 2"
+    assert messages(first, first) == ["WATCHDOG=1"]
+    second = Status(Phase.LOADING, "loading the weights: 2 of 2", first.since)
+    assert messages(second, first) == ["STATUS=loading: loading the weights: 2 of 2", "WATCHDOG=1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -201,9 +202,10 @@ def test_a_broken_model_directory(tmp_path: Path, damage: str):
 
 
 def test_a_wrong_setting_stops_the_start_with_one_line(tmp_path: Path):
+    """With a status of its own, after which systemd does not try again; a port in use has 1."""
     server = Server(tmp_path / "log", QWENVL_MAX_CONCURENCY="4")
     try:
-        assert server.process.wait(30) == 1
+        assert server.process.wait(30) == os.EX_CONFIG
     finally:
         server.stop()
     assert server.log.read_text().splitlines() == [
@@ -212,7 +214,6 @@ def test_a_wrong_setting_stops_the_start_with_one_line(tmp_path: Path):
 
 
 def test_a_killed_worker_comes_back(tmp_path: Path):
-    import os
     import signal
 
     server = Server(tmp_path / "log")

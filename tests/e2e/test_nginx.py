@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import socket
@@ -60,6 +61,18 @@ def post(nginx: Nginx, body: bytes, **headers: str) -> requests.Response:
     )
 
 
+def upload(nginx: Nginx, sent: int, address: str = "127.0.0.1") -> ssl.SSLSocket:
+    """A connection from ``address`` on which ``sent`` bytes of GOOD have been uploaded."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    raw = socket.create_connection(("127.0.0.1", nginx.https), 10, (address, 0))
+    connection = context.wrap_socket(raw)
+    head = f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nContent-Type: {MULTIPART}\r\n"
+    head += f"Content-Length: {len(GOOD)}\r\n\r\n"
+    connection.sendall(head.encode() + GOOD[:sent])
+    return connection
+
+
 def test_a_request_through_tls(nginx: Nginx):
     answer = post(nginx, GOOD, **{"X-Request-ID": "through-nginx"})
     assert (answer.status_code, answer.text) == (200, ANSWER)
@@ -98,16 +111,8 @@ def test_the_address_in_the_log_is_the_clients_own(nginx: Nginx, behind: Server)
 
 def test_a_client_that_leaves_does_no_harm(nginx: Nginx, behind: Server):
     """It goes away in the middle of its upload, and then while it waits for its answer."""
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    head = f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nContent-Type: {MULTIPART}\r\n"
-    head += f"Content-Length: {len(GOOD)}\r\n\r\n"
     for sent in (len(GOOD) // 2, len(GOOD)):
-        with (
-            socket.create_connection(("127.0.0.1", nginx.https), 10) as raw,
-            context.wrap_socket(raw) as connection,
-        ):
-            connection.sendall(head.encode() + GOOD[:sent])
+        upload(nginx, sent).close()
     deadline = time.monotonic() + 20
     while True:
         samples = parse(send(behind.port, "GET", "/metrics").body.decode())
@@ -116,6 +121,22 @@ def test_a_client_that_leaves_does_no_harm(nginx: Nginx, behind: Server):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert post(nginx, GOOD).text == ANSWER
+
+
+def test_slow_uploads_from_one_address_shut_out_neither_others_nor_probes(nginx: Nginx):
+    """64 of them took every place there was, and health checks were refused too."""
+    with contextlib.ExitStack() as held:
+        for _ in range(16):
+            held.enter_context(upload(nginx, 100))
+        deadline = time.monotonic() + 10
+        while (refused := post(nginx, GOOD)).status_code == 200:  # not all have been read yet
+            assert time.monotonic() < deadline
+        assert refused.status_code == 503
+        assert refused.json() == {"detail": "服务暂时不可用，请稍后重试。"}
+        for path in ("/livez", "/readyz", "/health", "/metrics"):
+            assert requests.get(nginx.url + path, verify=False, timeout=60).status_code == 200
+        with upload(nginx, len(GOOD), "127.0.0.2") as other:
+            assert other.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_reload_under_load_loses_no_request(nginx: Nginx, behind: Server):

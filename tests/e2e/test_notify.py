@@ -36,7 +36,7 @@ def test_ready_is_told_by_the_worker_once_the_model_answers(tmp_path: Path):
     try:
         systemd.until("WATCHDOG=1")
         assert "READY=1" not in systemd.told
-        assert systemd.told[0].startswith("STATUS=loading for ")
+        assert systemd.told[0].startswith("STATUS=loading: ")
         systemd.until("READY=1")
         assert server.wait(seconds=0.5)["phase"] == "ready"
         assert systemd.told.count("READY=1") == 1
@@ -52,7 +52,7 @@ def test_a_model_that_cannot_be_loaded_triggers_the_watchdog(tmp_path: Path):
     try:
         systemd.until("WATCHDOG=trigger")
         assert "READY=1" not in systemd.told
-        assert systemd.told[-2].startswith("STATUS=failed for ")
+        assert systemd.told[-2].startswith("STATUS=failed: ")
         assert systemd.told[-2].endswith("MODEL is a file; it must be a checkpoint's directory")
     finally:
         server.stop()
