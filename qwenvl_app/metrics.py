@@ -96,6 +96,8 @@ class Metrics:
                 self._success.labels(finish)
         for reason, status_code in REASONS.items():  # a rate needs a series that was once 0
             self._of_failure(status_code).labels(reason)
+        for reason in ("memory", "draining"):  # before work had begun, and after
+            self._failed.labels(reason)
         self.registry.register(_State(admission, status, stats))
         ProcessCollector(registry=self.registry)
 
