@@ -199,7 +199,8 @@ def test_every_reason_is_known_from_the_start(client: FlaskClient):
         if issubclass(kind, ServiceError):
             assert REASONS[kind.reason] == kind.status or kind is ServiceError
     zeros = [name for name in samples if 'reason="' in name]
-    assert len(zeros) == len(REASONS) + len(FinishReason) - 1
+    twice = 2  # memory and draining may come before work has begun, or after
+    assert len(zeros) == len(REASONS) + twice + len(FinishReason) - 1
 
 
 def test_a_streamed_answer_is_counted_at_its_end(app: Flask, client: FlaskClient):
