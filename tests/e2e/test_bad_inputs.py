@@ -12,7 +12,7 @@ import pytest
 
 from tests.bad_inputs import INPUTS, Input
 from tests.e2e.server import Server
-from tests.wire import GOOD, post
+from tests.wire import GOOD, post, send
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,14 @@ def test_every_bad_input_gets_its_answer_and_leaves_nothing_behind(attacked: Ser
         assert time.monotonic() < deadline, (worker.files, files, worker.threads, threads)
         time.sleep(0.05)
     assert worker.megabytes - before < 50
+    samples = send(attacked.port, "GET", "/metrics").body.decode()
+    for held in (
+        "num_requests_running",
+        "num_requests_waiting",
+        "batch_sequences",
+        "batch_waiting",
+    ):
+        assert f"\nqwenvl_{held} 0.0\n" in samples
     answer = post(attacked.port, GOOD)
     assert (answer.status, answer.body) == (200, b'{"status":"success","result":"circle"}')
     assert attacked.worker == worker.pid
