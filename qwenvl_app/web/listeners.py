@@ -11,7 +11,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h
-_DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # struct sock_filter: BPF_RET | BPF_K, 0
+# struct sock_filter, five of them: of the TCP header's flags, is SYN set and ACK not? Then drop it.
+# The last packet of a handshake passes: its client believes to be connected already.
+_DROP_SYN = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load the byte at 13
+        (0x54, 0, 0, 0x12),  # and
+        (0x15, 0, 1, 0x02),  # equal: go on, else skip one
+        (0x06, 0, 0, 0),  # drop
+        (0x06, 0, 0, 0xFFFFFFFF),  # accept
+    )
+)
 
 
 def owned_alone(sockets: Iterable[socket.socket], master: int) -> bool:
@@ -29,13 +40,14 @@ def owned_alone(sockets: Iterable[socket.socket], master: int) -> bool:
 
 
 def mute(sock: socket.socket) -> None:
-    """Let no further client connect: its packets are ignored, as if they were lost.
+    """Let no further client connect: its first packet is ignored, as if it were lost.
 
     Closing a listening socket resets clients that are connected but not accepted yet. After this,
     and ``accept`` until there are none, there are none left to reset; one that tries meanwhile sees
-    its connection refused when the socket is closed. Linux only; elsewhere a moment's gap remains.
+    its connection refused when the socket is closed. A handshake that was under way may take a
+    moment to end. Linux only; elsewhere a moment's gap remains.
     """
-    code = ctypes.create_string_buffer(_DROP_ALL)
-    program = struct.pack("HP", 1, ctypes.addressof(code))  # struct sock_fprog
+    code = ctypes.create_string_buffer(_DROP_SYN)
+    program = struct.pack("HP", 5, ctypes.addressof(code))  # struct sock_fprog
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)

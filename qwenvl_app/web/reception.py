@@ -36,7 +36,7 @@ _SEND_BUFFER = 2**18
 # unread is reset. For so long, and so many bytes, what it sends is thrown away.
 _LINGER_S = 5.0
 _LINGER_BYTES = 64 * 2**20
-_LAST_WORDS_S = 1.0  # at the end of a stop, for clients that are connected and have not asked yet
+_LAST_WORDS_S = 2.0  # at the end of a stop, for clients that are connected and have not asked yet
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 SPARE_THREADS = 4  # that no request with a body gets: for health checks and metrics
 _TICK_S = 0.5
+_HANDSHAKE_S = 0.2  # for those that are under way when nobody else is let in
 _KILL_MARGIN_S = 2.0  # by which a stop ends before the master would kill
 _OTHER_FILES = 256  # the model's, the listeners, the log
 
@@ -174,6 +175,16 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         else:
             self.reception.linger(conn)
 
+    def _take_the_last(self) -> None:
+        """Accept all who are connected, or about to be, and let nobody else connect."""
+        for listener in self.sockets:
+            listeners.mute(listener)
+        settled = time.monotonic() + _HANDSHAKE_S
+        while time.monotonic() < settled:
+            for listener in self.sockets:
+                self.accept(listener)
+            self.wait_for_and_dispatch_events(0.01)
+
     def _stop(self, end: float) -> None:
         """Answer what came before; what comes meanwhile the application refuses with 503."""
         alone = listeners.owned_alone(self.sockets, self.ppid)
@@ -186,10 +197,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self._turn()
         self._open = False
         self.set_accept_enabled(False)
+        if alone:
+            self._take_the_last()
         for listener in self.sockets:
-            if alone:
-                listeners.mute(listener)
-                self.accept(listener)
             listener.close()
         self.reception.last_orders()
         while self.reception.connections and time.monotonic() < end:
