@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from qwenvl_app import create_app
-from qwenvl_app.engine.model import LoadedModel, load
+from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.generation import (
     BackendStats,
     Delta,
@@ -22,6 +22,7 @@ from qwenvl_app.generation import (
     Phase,
     Status,
 )
+from qwenvl_app.loading.load import load
 from qwenvl_app.settings import Settings, load_settings
 from tests.engines import inputs_of
 

@@ -23,8 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from demo.evaluate import Case, ask, package_cases
-from qwenvl_app.engine.model import LoadedModel, load
+from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.generation import GenerationRequest
+from qwenvl_app.loading.load import load
 from tests.e2e.server import Server
 from tests.engines import inputs_of
 

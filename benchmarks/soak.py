@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from qwenvl_app.engine.engine import Engine, EngineOptions
-from qwenvl_app.engine.model import load
 from qwenvl_app.generation import GenerationRequest, SamplingParams
+from qwenvl_app.loading.load import load
 
 
 def resident() -> float:

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.original import answer
 from demo.evaluate import Case, ask, package_cases
-from qwenvl_app.engine.model import load
 from qwenvl_app.generation import GenerationRequest
+from qwenvl_app.loading.load import load
 from tests.e2e.server import Server
 
 NEW_TOKENS = 256

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from qwenvl_app.engine import checkpoint, footprint
 from qwenvl_app.engine.memory import free_memory
 from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.loading import checkpoint, footprint
 from qwenvl_app.settings import Settings
 
 _ROOT = Path(__file__).resolve().parent.parent

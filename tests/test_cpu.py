@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qwenvl_app.engine import cpu
-from qwenvl_app.engine.model import load
+from qwenvl_app.loading.load import load
 from tests.engines import agrees, finish, generate, random_request, running, spread
 
 

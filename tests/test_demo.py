@@ -14,8 +14,8 @@ from demo.data import Batches, Mix, _pack
 from demo.questions import Question, chinese_question, package_question
 from demo.scenes import COLORS, SHAPES, Scene, draw
 from demo.train import answer, look
-from qwenvl_app.engine.checkpoint import DEMO
-from qwenvl_app.engine.model import load
+from qwenvl_app.loading.checkpoint import DEMO
+from qwenvl_app.loading.load import load
 
 BOX = (0.1, 0.1, 0.4, 0.4)
 

@@ -10,9 +10,10 @@ import torch
 
 from qwenvl_app import doctor
 from qwenvl_app.doctor import Finding, Level
-from qwenvl_app.engine.checkpoint import DEMO
-from qwenvl_app.engine.footprint import Footprint, measure
-from qwenvl_app.engine.model import Runner, load
+from qwenvl_app.engine.model import Runner
+from qwenvl_app.loading.checkpoint import DEMO
+from qwenvl_app.loading.footprint import Footprint, measure
+from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
 
 GIB = 2**30

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from demo.scenes import draw
-from qwenvl_app.engine.model import LoadedModel, load, mrope_positions, prepare
+from qwenvl_app.engine.model import LoadedModel, mrope_positions, prepare
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.errors import DeadlineExceeded, InternalError, TooLarge, Unavailable
 from qwenvl_app.generation import FinishReason, GenerationRequest, Phase
+from qwenvl_app.loading.load import load
 from tests.engines import (
     Solo,
     agrees,

@@ -13,12 +13,13 @@ from benchmarks.soak import resident
 from qwenvl_app.engine import engine as engines
 from qwenvl_app.engine.executor import Executor
 from qwenvl_app.engine.kv_cache import SlotCache
-from qwenvl_app.engine.model import Runner, load
+from qwenvl_app.engine.model import Runner
 from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import Encoding
 from qwenvl_app.errors import DeadlineExceeded, InternalError, Unavailable
 from qwenvl_app.generation import FinishReason
+from qwenvl_app.loading.load import load
 from tests.engines import agrees, finish, generate, random_request, running, spread, until_idle
 
 FAULTS = [

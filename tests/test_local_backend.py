@@ -13,9 +13,9 @@ from PIL import Image
 
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import engine as engines
-from qwenvl_app.engine.model import load
 from qwenvl_app.errors import DeadlineExceeded, InternalError, Unavailable
 from qwenvl_app.generation import FinishReason, GenerationRequest, Phase, SamplingParams
+from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
 from tests.engines import finish
 from tests.wire import picture
@@ -28,7 +28,7 @@ def loaded():
 
 @pytest.fixture
 def local(loaded, monkeypatch) -> Iterator[LocalBackend]:
-    monkeypatch.setattr("qwenvl_app.engine.model.load", lambda _name, **_options: loaded)
+    monkeypatch.setattr("qwenvl_app.loading.load.load", lambda _name, **_options: loaded)
     backend = LocalBackend(load_settings({}))
     while backend.status().phase is Phase.LOADING:
         time.sleep(0.005)
@@ -127,7 +127,7 @@ def until(condition) -> None:
 
 @pytest.fixture
 def impatient(loaded, monkeypatch) -> Iterator[LocalBackend]:
-    monkeypatch.setattr("qwenvl_app.engine.model.load", lambda _name, **_options: loaded)
+    monkeypatch.setattr("qwenvl_app.loading.load.load", lambda _name, **_options: loaded)
     backend = LocalBackend(load_settings({}, stall_timeout_s=1.0))
     until(lambda: backend.status().phase is Phase.READY)
     yield backend
@@ -219,7 +219,7 @@ def test_a_load_is_told_in_the_status(monkeypatch):
         assert go.wait(20)
         raise InternalError("x")
 
-    monkeypatch.setattr("qwenvl_app.engine.model.load", slow)
+    monkeypatch.setattr("qwenvl_app.loading.load.load", slow)
     backend = LocalBackend(load_settings({}))
     began = backend.status().since
     assert says.wait(20)

@@ -10,7 +10,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from qwenvl_app import create_app, errors
 from qwenvl_app.admission import Admission
-from qwenvl_app.engine.model import load
 from qwenvl_app.errors import ClientGone, DeadlineExceeded, InternalError, ServiceError, Unavailable
 from qwenvl_app.generation import (
     BackendStats,
@@ -22,6 +21,7 @@ from qwenvl_app.generation import (
     Timings,
     Usage,
 )
+from qwenvl_app.loading.load import load
 from qwenvl_app.metrics import REASONS, Metrics
 from qwenvl_app.record import RequestRecord
 from qwenvl_app.settings import Settings

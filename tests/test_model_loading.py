@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
-from qwenvl_app.engine import checkpoint as checkpoints
-from qwenvl_app.engine import model
-from qwenvl_app.engine.checkpoint import DEMO
-from qwenvl_app.engine.model import load
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.generation import Phase
+from qwenvl_app.loading import checkpoint as checkpoints
+from qwenvl_app.loading import load as loading
+from qwenvl_app.loading.checkpoint import DEMO
+from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
 from tests.wire import GOOD, MULTIPART, ROUTE
 
@@ -462,7 +462,7 @@ def test_an_unforeseen_error_while_loading_is_logged_not_shown(monkeypatch, capl
     def explode(_name: str, **_options: str) -> None:
         raise RuntimeError("/secret/path")
 
-    monkeypatch.setattr(model, "load", explode)
+    monkeypatch.setattr(loading, "load", explode)
     backend = LocalBackend(load_settings({}))
     wait_for(backend, Phase.FAILED)
     assert "secret" not in backend.status().message
@@ -471,13 +471,13 @@ def test_an_unforeseen_error_while_loading_is_logged_not_shown(monkeypatch, capl
 
 
 def test_closing_while_loading(monkeypatch):
-    real = model.load
+    real = loading.load
 
     def slow(name: str, **_options: str):
         time.sleep(0.2)
         return real(name)
 
-    monkeypatch.setattr(model, "load", slow)
+    monkeypatch.setattr(loading, "load", slow)
     backend = LocalBackend(load_settings({}))
     backend.close()
     assert backend.status().phase is Phase.DRAINING

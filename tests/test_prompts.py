@@ -7,7 +7,7 @@ import threading
 import pytest
 from transformers import AutoTokenizer
 
-from qwenvl_app.engine.checkpoint import DEMO
+from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.prompts import PromptBuilder
 
 CONTROL = [

@@ -17,10 +17,11 @@ from PIL import Image
 
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
-from qwenvl_app.engine.checkpoint import check
 from qwenvl_app.engine.detokenizer import Detokenizer
-from qwenvl_app.engine.model import LoadedModel, load, prepare
+from qwenvl_app.engine.model import LoadedModel, prepare
 from qwenvl_app.generation import FinishReason, Phase
+from qwenvl_app.loading.checkpoint import check
+from qwenvl_app.loading.load import load
 from qwenvl_app.prompts import PromptBuilder
 from qwenvl_app.settings import load_settings
 from tests import parity, real_shape

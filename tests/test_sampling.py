@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from qwenvl_app.engine.model import LoadedModel, load
+from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sampling import Sampler, repeats_itself
 from qwenvl_app.generation import SamplingParams
+from qwenvl_app.loading.load import load
 from tests.engines import finish, request, running, spread
 
 CPU = torch.device("cpu")

@@ -88,12 +88,13 @@ class LocalBackend:
     def _start(self) -> Engine:
         # Not at the top: importing torch and transformers takes seconds, in which /livez is to
         # answer already.
-        from qwenvl_app.engine import cpu, memory, model, warm_up
+        from qwenvl_app.engine import cpu, memory
         from qwenvl_app.engine import engine as engines
+        from qwenvl_app.loading import load, warm_up
 
         settings = self._settings
         cpu.use_threads(settings.cpu_threads)
-        loaded = model.load(
+        loaded = load.load(
             settings.model,
             device=settings.device,
             dtype=settings.dtype,

@@ -1,4 +1,4 @@
-"""The model: loading, prefill and decode. With ``vision.py``, all that knows the model family.
+"""The model: prefill and decode. With ``vision.py``, all that knows the model family.
 
 transformers' own code runs unchanged; what is done here is to call its parts with everything that
 belongs to a request passed explicitly. Above all the positions: ``Qwen3VLModel`` would otherwise
@@ -7,18 +7,14 @@ keep ``rope_deltas``, the state of one request, on an object that all share (tra
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedTokenizerBase
 
-from qwenvl_app.engine import processing, progress
-from qwenvl_app.engine.checkpoint import check, find
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
 from qwenvl_app.engine.pixels import Patcher
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
@@ -28,8 +24,6 @@ from qwenvl_app.prompts import PromptBuilder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,49 +39,6 @@ class LoadedModel:
     def patcher(self) -> Patcher:
         """Of ``image_processor``. Raises ModelLoadError."""
         return Patcher(self.image_processor)
-
-
-def load(
-    name: str,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    attention: str = "auto",
-    say: Callable[[str], None] = lambda _message: None,
-) -> LoadedModel:
-    """Load ``name``: ``demo``, a directory, or a ModelScope id. Takes seconds to minutes.
-
-    By default as the service being replaced: ``dtype="auto"``, ``device_map="auto"`` through
-    accelerate, and the checkpoint's own ``generation_config``. ``say`` is told, often, how far it
-    is. Raises ModelLoadError.
-    """
-    say("looking for the checkpoint")
-    directory = find(name)
-    log.info("loading the model from %s", directory)
-    template = check(directory)
-    # Typed as Any: transformers' own annotations don't know the report.
-    family: Any = Qwen3VLForConditionalGeneration
-    with progress.told(say):
-        model, report = family.from_pretrained(
-            directory,
-            dtype=dtype,
-            device_map=device,
-            attn_implementation=None if attention == "auto" else attention,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below
-        )
-    for tensor, stored, wanted in sorted(report["mismatched_keys"]):
-        raise ModelLoadError(
-            f"the weights do not fit config.json: {tensor} is {tuple(stored)} and should be "
-            f"{tuple(wanted)}; the files are not of one checkpoint"
-        )
-    if missing := sorted(report["missing_keys"]):  # they would be filled with random numbers
-        raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
-    if model.generation_config.eos_token_id is None:
-        raise ModelLoadError("generation_config.json has no eos_token_id: no answer would ever end")
-    return LoadedModel(model.eval(), *processing.load(directory, model.config, template))
 
 
 def prepare(loaded: LoadedModel, image: Image, text: str) -> Inputs:

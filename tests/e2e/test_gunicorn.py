@@ -18,7 +18,7 @@ from PIL import Image
 
 from demo.evaluate import Case as Question
 from demo.evaluate import ask, chinese_cases, package_cases
-from qwenvl_app.engine.checkpoint import DEMO
+from qwenvl_app.loading.checkpoint import DEMO
 from tests.contract import FROM_SOURCE, RECORDED, Case
 from tests.e2e.server import ROOT, Server
 from tests.wire import END, GOOD, MULTIPART, PROMPT, ROUTE, encode, part, picture, post, send

@@ -12,9 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qwenvl_app.engine import weights
-from qwenvl_app.engine.files import read_json, readable, refuse_pointer
 from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.loading import weights
+from qwenvl_app.loading.files import read_json, readable, refuse_pointer
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenvl_app.engine.weights import weight_files
+from qwenvl_app.loading.weights import weight_files
 
 _FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # what ``dtype`` converts
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}

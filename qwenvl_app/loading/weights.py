@@ -10,8 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from qwenvl_app.engine.files import read_json, readable
 from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.loading.files import read_json, readable
 
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 # What downloads leave that are under way: ModelScope's, Hugging Face's, browsers', aria2's.

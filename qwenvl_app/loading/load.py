@@ -1,0 +1,59 @@
+"""The weights into memory, and what makes a model's inputs beside them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Qwen3VLForConditionalGeneration
+
+from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.loading import processing, progress
+from qwenvl_app.loading.checkpoint import check, find
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "auto",
+    say: Callable[[str], None] = lambda _message: None,
+) -> LoadedModel:
+    """Load ``name``: ``demo``, a directory, or a ModelScope id. Takes seconds to minutes.
+
+    By default as the service being replaced: ``dtype="auto"``, ``device_map="auto"`` through
+    accelerate, and the checkpoint's own ``generation_config``. ``say`` is told, often, how far it
+    is. Raises ModelLoadError.
+    """
+    say("looking for the checkpoint")
+    directory = find(name)
+    log.info("loading the model from %s", directory)
+    template = check(directory)
+    # Typed as Any: transformers' own annotations don't know the report.
+    family: Any = Qwen3VLForConditionalGeneration
+    with progress.told(say):
+        model, report = family.from_pretrained(
+            directory,
+            dtype=dtype,
+            device_map=device,
+            attn_implementation=None if attention == "auto" else attention,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below
+        )
+    for tensor, stored, wanted in sorted(report["mismatched_keys"]):
+        raise ModelLoadError(
+            f"the weights do not fit config.json: {tensor} is {tuple(stored)} and should be "
+            f"{tuple(wanted)}; the files are not of one checkpoint"
+        )
+    if missing := sorted(report["missing_keys"]):  # they would be filled with random numbers
+        raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
+    if model.generation_config.eos_token_id is None:
+        raise ModelLoadError("generation_config.json has no eos_token_id: no answer would ever end")
+    return LoadedModel(model.eval(), *processing.load(directory, model.config, template))
