@@ -1,4 +1,4 @@
-"""The model: prefill and decode. With ``vision.py``, all that knows the model family.
+"""The model: prefill and decode. With ``vision.py``, all that knows the model.
 
 transformers' own code runs unchanged; what is done here is to call its parts with everything that
 belongs to a request passed explicitly. Above all the positions: ``Qwen3VLModel`` would otherwise
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class LoadedModel:
     """A model and what turns requests into its inputs."""
 
-    model: Any  # Qwen3VLForConditionalGeneration, whose annotations admit no call of its parts
+    model: Any  # of a ``loading.checkpoint.FAMILIES``: their annotations admit no call of parts
     image_processor: Any  # Qwen2VLImageProcessorPil
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptBuilder
@@ -141,9 +141,9 @@ class Runner:
             is_image = is_image.to(self._device)
             features = torch.cat([part.embeds for part in parts])
             embeds[is_image] = features.to(embeds.device, embeds.dtype)
-            layers = zip(*(part.deepstack for part in parts), strict=True)
-            visual["visual_pos_masks"] = is_image
-            visual["deepstack_visual_embeds"] = [torch.cat(layer) for layer in layers]
+            layers = [torch.cat(each) for each in zip(*(p.deepstack for p in parts), strict=True)]
+            if layers:
+                visual = {"visual_pos_masks": is_image, "deepstack_visual_embeds": layers}
         mask = cache.begin(rows, [s.computed for s in sequences], widths)
         hidden = self._text(
             inputs_embeds=embeds,
