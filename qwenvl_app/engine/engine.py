@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.executor import FAILED, Executor, Outcome
 from qwenvl_app.engine.memory import gpu_memory
 from qwenvl_app.engine.model import LoadedModel, Runner, prepare
@@ -174,7 +175,8 @@ class Engine:
         most = self._options.max_new_tokens
         limit = min(sampling.max_new_tokens or most, most, room)
         sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)
-        return Sequence(request, inputs, sampler, limit, loaded.tokenizer, arrived, prefix)
+        detokenizer = Detokenizer(loaded.tokenizer, loaded.prompts.reasoning)
+        return Sequence(request, inputs, sampler, limit, detokenizer, arrived, prefix)
 
     # From here on: the engine's thread.
 

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,9 +16,6 @@ from qwenvl_app.engine.prefix_cache import Prefix
 from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.errors import DeadlineExceeded, ServiceError
 from qwenvl_app.generation import Delta, FinishReason, GenerationRequest, Timings, Usage
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Event = list[int] | FinishReason | ServiceError
 
@@ -61,7 +57,7 @@ class Sequence:
         inputs: Inputs,
         sampler: Sampler,
         limit: int,
-        tokenizer: PreTrainedTokenizerBase,
+        detokenizer: Detokenizer,
         arrived: float,
         prefix: Prefix | None = None,
     ):
@@ -79,7 +75,7 @@ class Sequence:
         self.timings = Timings(preprocess=self.queued - arrived)
         self.started = self.first_token = 0.0
         self._arrived, self._sent = arrived, 0
-        self._tokenizer = tokenizer
+        self._detokenizer = detokenizer
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._cancelled = threading.Event()
 
@@ -157,7 +153,7 @@ class Sequence:
 
     def __iter__(self) -> Iterator[Delta]:
         """See ``backends.Generation``. Text is made here, not on the engine's thread."""
-        detokenizer, stops, count = Detokenizer(self._tokenizer), StopStrings(self.params.stop), 0
+        detokenizer, stops, count = self._detokenizer, StopStrings(self.params.stop), 0
         while True:
             event = self._next()
             if isinstance(event, ServiceError):
@@ -189,7 +185,7 @@ class Sequence:
             return DeadlineExceeded()
 
     def _last(self, text: str, reason: FinishReason, count: int) -> Delta:
-        usage = Usage(self.prompt_length, count, self.cached)
+        usage = Usage(self.prompt_length, count, self.cached, self._detokenizer.reasoned)
         return Delta(text, reason, usage, self.timings)
 
     def _send(self) -> None:
