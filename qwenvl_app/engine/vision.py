@@ -24,24 +24,23 @@ from transformers.vision_utils import (
 from qwenvl_app.engine.pixels import Grid
 from qwenvl_app.engine.sequence import Features, Sequence
 
-_SMALL = 4096  # patches in all: what is kept for later is at most a few MB each
+_SMALL = 1024  # patches in all: what is kept for later is at most a few MB each
 
 
 class Windows(NamedTuple):
-    """``order`` of the image tokens by windows, and where each window ``begins``, in patches."""
+    """The order of the image tokens by windows, and where each window begins, in patches."""
 
     order: torch.Tensor
-    begins: torch.Tensor
+    lengths: torch.Tensor
 
 
 class Geometry(NamedTuple):
     """All that the tower needs to know of the shapes of some pictures, whatever is in them."""
 
-    # Where the learned positions are interpolated from, and the weights: (patches, 4)
-    places: tuple[torch.Tensor, torch.Tensor] | None
+    places: torch.Tensor | None  # (patches, hidden): the learned positions, interpolated
     rotary: tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (patches, head_dim)
     windows: Windows | None
-    begins: torch.Tensor  # (pictures + 1): where each begins
+    lengths: torch.Tensor  # (pictures + 1): where each begins
     longest: int | None
 
 
@@ -50,6 +49,11 @@ class Tower:
 
     def __init__(self, visual: Any):
         self.visual, self.merge = visual, visual.spatial_merge_size
+        # patch_embed's convolution, whose kernel is its stride: a product, and several times faster
+        # as one, on a CPU and on some GPUs (pytorch #174051). A picture's frames are all alike, so
+        # the kernel's parts for them can be added up beforehand.
+        kernel = visual.patch_embed.proj.weight
+        self._kernel = kernel.detach().float().sum(2).flatten(1).to(kernel.dtype)
         # Many pictures have one of few shapes, and for small ones this is a sixth of the work.
         self._known = lru_cache(maxsize=16)(self._measure)
 
@@ -60,26 +64,20 @@ class Tower:
 
     def embed(self, pixels: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """Pixels as ``Patcher`` makes them to what the first layer takes (patches, hidden)."""
-        # patch_embed's convolution, whose kernel is its stride: a product, and several times faster
-        # as one, on a CPU and on some GPUs (pytorch #174051).
-        proj = self.visual.patch_embed.proj
-        pixels = pixels.to(device=proj.weight.device, dtype=proj.weight.dtype)
-        frames = pixels[:, :, None].expand(-1, -1, proj.weight.shape[2], -1, -1)
-        hidden = F.linear(frames.flatten(1), proj.weight.flatten(1), proj.bias)
-        if geometry.places:
-            indices, weights = geometry.places
-            places = (self.visual.pos_embed(indices) * weights[:, :, None]).sum(1)
-            hidden += places.to(hidden.dtype)
+        pixels = pixels.to(device=self._kernel.device, dtype=self._kernel.dtype)
+        hidden = F.linear(pixels.flatten(1), self._kernel, self.visual.patch_embed.proj.bias)
+        if geometry.places is not None:
+            hidden += geometry.places
         return self._by_windows(hidden, geometry.windows) if geometry.windows else hidden
 
     def layer(self, number: int, hidden: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """One layer, from and to (patches, hidden)."""
-        begins = geometry.begins
+        lengths = geometry.lengths
         if geometry.windows and number not in self.visual.fullatt_block_indexes:
-            begins = geometry.windows.begins
+            lengths = geometry.windows.lengths
         result: torch.Tensor = self.visual.blocks[number](
             hidden,
-            cu_seqlens=begins,
+            cu_seqlens=lengths,
             max_seqlen=geometry.longest,
             position_embeddings=geometry.rotary,
         )
@@ -103,13 +101,14 @@ class Tower:
         grid = torch.tensor(grids, device=proj.weight.device)
         places = windows = None
         if hasattr(visual, "pos_embed"):
-            places = get_vision_interpolation_indices_and_weights(
+            indices, weights = get_vision_interpolation_indices_and_weights(
                 grid,
                 num_grid_per_side=visual.num_grid_per_side,
                 mode=visual.interpolation_mode,
                 align_corners=visual.interpolation_align_corners,
                 spatial_merge_size=self.merge,
             )
+            places = (visual.pos_embed(indices) * weights[:, :, None]).sum(1).to(proj.weight.dtype)
         ids = get_vision_position_ids(grid, self.merge)
         rotary = visual.rotary_pos_emb(proj.weight, ids)  # of which it takes the device
         if hasattr(visual, "fullatt_block_indexes"):
