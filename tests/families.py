@@ -39,10 +39,13 @@ _TURN = """\
 {%- endif %}
 """
 _SYSTEM = "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}\n"
+_THINKING = _TURN.replace("assistant\\n", "assistant\\n<think>\\n")
 TEMPLATES = {
     "qwen3_vl": _TURN,
     "qwen3_vl_moe": _TURN,
     "qwen2_5_vl": _SYSTEM + _TURN,
+    "qwen3_5": _THINKING,
+    "qwen3_5_moe": _THINKING,
 }
 
 _TEXT = {
@@ -70,6 +73,27 @@ _QWEN3_TEXT = {
     },
     "rope_theta": 5000000,
 }
+_QWEN3_5_TEXT = {
+    **_TEXT,
+    "attention_bias": False,
+    "attn_output_gate": True,
+    "full_attention_interval": 2,
+    "head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 24,
+    "mtp_num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "rope_parameters": {
+        "mrope_interleaved": True,
+        "mrope_section": [3, 3, 2],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "rope_type": "default",
+    },
+}
 _QWEN3_VISION = {
     "deepstack_visual_indexes": [1, 2],
     "depth": 4,
@@ -85,6 +109,7 @@ _QWEN3_VISION = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
+_QWEN3_5_VISION = {**_QWEN3_VISION, "deepstack_visual_indexes": []}
 _EXPERTS = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
@@ -103,6 +128,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": {
         "text_config": {**_QWEN3_TEXT, **_EXPERTS, "model_type": "qwen3_vl_moe_text"},
         "vision_config": {**_QWEN3_VISION, "model_type": "qwen3_vl_moe"},
+        "tie_word_embeddings": False,
+    },
+    "qwen3_5": {
+        "text_config": {**_QWEN3_5_TEXT, "model_type": "qwen3_5_text"},
+        "vision_config": {**_QWEN3_5_VISION, "model_type": "qwen3_5"},
+        "tie_word_embeddings": False,
+    },
+    "qwen3_5_moe": {
+        "text_config": {
+            **_QWEN3_5_TEXT,
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 56,
+            "model_type": "qwen3_5_moe_text",
+        },
+        "vision_config": {**_QWEN3_5_VISION, "model_type": "qwen3_5_moe"},
         "tie_word_embeddings": False,
     },
     # The language model's settings beside the others, not in a text_config.
@@ -147,6 +187,8 @@ _QWEN3_PICTURES = {
 _PICTURES = {
     "qwen3_vl": _QWEN3_PICTURES,
     "qwen3_vl_moe": _QWEN3_PICTURES,
+    "qwen3_5": _QWEN3_PICTURES,
+    "qwen3_5_moe": _QWEN3_PICTURES,
     "qwen2_5_vl": {
         "min_pixels": 4 * 28 * 28,
         "max_pixels": 480 * 480,
@@ -178,9 +220,11 @@ def make(directory: Path, family: str) -> Path:
     _write(directory / "config.json", config(family))
     model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(directory))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(0, 0.12)
+            elif name.endswith("A_log"):
+                parameter.fill_(-3)  # how fast a recurrent layer forgets: in some 20 tokens
     model.save_pretrained(directory)
     if family == "qwen3_vl_moe":
         _turn_experts(directory / "model.safetensors")

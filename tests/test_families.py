@@ -5,6 +5,8 @@ What is not about a family, ``test_engine.py`` has.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import random
 import time
@@ -14,6 +16,7 @@ import torch
 
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
+from qwenvl_app.engine import cpu
 from qwenvl_app.engine.model import LoadedModel, mrope_positions, prepare
 from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.generation import GenerationRequest, Phase
@@ -65,6 +68,22 @@ def test_every_token_is_that_of_generate(wild, asked, slots: int, chunk: int, pr
     judge(pairs)
     if prefix == 2**27:
         assert hits >= 2 * len(asked)
+
+
+@pytest.mark.parametrize("change", ["packed", "eager"])
+def test_nor_does_it_matter_how_products_are_made(wild, asked, change: str, monkeypatch):
+    """Packed: layers and activations are replaced. Eager: that attention adds its mask."""
+    other = dataclasses.replace(wild, model=copy.deepcopy(wild.model))
+    if change == "packed":
+        monkeypatch.setattr(cpu, "_LEAST", 0)
+        cpu.pack(other.model)
+    else:
+        other.model.set_attn_implementation("eager")
+    with running(other, prefill_chunk=50) as engine:
+        pairs = [(engine.submit(each), solo) for each, solo in asked]
+        for sequence, _ in pairs:
+            finish(sequence)
+    judge(pairs)
 
 
 def test_answers_are_not_all_alike(asked):
@@ -125,7 +144,9 @@ def test_the_vision_tower_in_pieces_is_the_vision_tower(wild):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_answers_over_http(tmp_path, family: str):
     directory = families.make(tmp_path / family, family)
-    settings = load_settings({}, model=str(directory), device="cpu", max_new_tokens=8)
+    settings = load_settings(
+        {}, model=str(directory), device="cpu", dtype="bfloat16", max_new_tokens=8
+    )
     backend = LocalBackend(settings)
     deadline = time.monotonic() + 60
     while backend.status().phase is Phase.LOADING:

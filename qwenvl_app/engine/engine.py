@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.executor import FAILED, Executor, Outcome
 from qwenvl_app.engine.memory import gpu_memory
 from qwenvl_app.engine.model import LoadedModel, Runner, prepare
@@ -57,7 +56,7 @@ class Engine:
     def __init__(self, loaded: LoadedModel, options: EngineOptions):
         self._loaded, self._options = loaded, options
         self._runner = Runner(loaded.model)
-        self._budget = options.kv_cache_bytes // self._runner.layout.token_bytes
+        self._budget = self._runner.layout.room(options.kv_cache_bytes, options.slots)
         if self._budget < _LEAST_TOKENS:
             raise ModelLoadError(
                 f"the KV cache has room for {self._budget} tokens only: free memory, or set "
@@ -116,7 +115,7 @@ class Engine:
             kv_tokens=sum(sequence.computed for sequence in list(self._scheduler.rows)),
             kv_budget_tokens=self._budget,
             kv_bytes=self.cache_bytes,
-            kv_budget_bytes=self._budget * layout.token_bytes,
+            kv_budget_bytes=layout.bytes(self._budget, self._options.slots),
             prefix_queries=self.prefixes.hits + self.prefixes.misses,
             prefix_hits=self.prefixes.hits,
             prefix_bytes=self.prefixes.bytes,
@@ -167,7 +166,9 @@ class Engine:
                 f"图片和提示词共 {len(inputs.ids)} 个 token，超过 {longest - 1} 个的限制。"
             )
         prefix = None
-        if inputs.image_tokens.stop * self._runner.layout.token_bytes <= self.prefixes.budget:
+        layout, length = self._runner.layout, inputs.image_tokens.stop
+        if layout.bytes(length, 1) <= self.prefixes.budget:
+            inputs.boundary = length if layout.states else 0
             inputs.image_key = image_key(request.image, self._salt)
             prefix = self.prefixes.get(inputs.image_key)
         if prefix is None:
@@ -175,8 +176,7 @@ class Engine:
         most = self._options.max_new_tokens
         limit = min(sampling.max_new_tokens or most, most, room)
         sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)
-        detokenizer = Detokenizer(loaded.tokenizer, loaded.prompts.reasoning)
-        return Sequence(request, inputs, sampler, limit, detokenizer, arrived, prefix)
+        return Sequence(request, inputs, sampler, limit, loaded.detokenizer(), arrived, prefix)
 
     # From here on: the engine's thread.
 

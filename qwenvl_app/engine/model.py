@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
 from qwenvl_app.engine.pixels import Patcher
+from qwenvl_app.engine.recurrent import RecurrentCache, states_of
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
 from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.errors import ModelLoadError
@@ -39,6 +41,10 @@ class LoadedModel:
     def patcher(self) -> Patcher:
         """Of ``image_processor``. Raises ModelLoadError."""
         return Patcher(self.image_processor)
+
+    def detokenizer(self) -> Detokenizer:
+        """For one answer."""
+        return Detokenizer(self.tokenizer, self.prompts.reasoning)
 
 
 def prepare(loaded: LoadedModel, image: Image, text: str) -> Inputs:
@@ -79,18 +85,23 @@ class Runner:
         self._model, self._text = model, model.model.language_model
         self._tower = Tower(model.model.visual)
         config = model.config.text_config
-        heads: int = config.num_key_value_heads
-        self.layout = Layout(
-            heads,
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            self._text.embed_tokens.weight.dtype,
-            tuple(layer.input_layernorm.weight.device for layer in self._text.layers),
-        )
-        if any(device.type == "meta" for device in self.layout.devices):
+        devices = [layer.input_layernorm.weight.device for layer in self._text.layers]
+        if any(device.type == "meta" for device in devices):
             raise ModelLoadError(
                 "the model does not fit the device: some of its layers were left in the machine's "
                 "memory or on disk; use a smaller or a quantised checkpoint"
             )
+        heads: int = config.num_key_value_heads
+        states = states_of(self._text)
+        for state in reversed(states):
+            del devices[state.layer]
+        self.layout = Layout(
+            heads,
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            self._text.embed_tokens.weight.dtype,
+            tuple(devices),
+            states,
+        )
         # The eager attention adds its mask; all others take True and False.
         self._adds_mask = self._text.config._attn_implementation == "eager"
         self.max_length: int = config.max_position_embeddings
@@ -104,6 +115,10 @@ class Runner:
         device: torch.device = self._model.lm_head.weight.device
         return device
 
+    def new_cache(self) -> SlotCache:
+        """An empty one."""
+        return (RecurrentCache if self.layout.states else SlotCache)(self.layout)
+
     def encode(self, sequences: list[Sequence]) -> Encoding:
         """Begin the vision tower's work on the pictures of ``sequences``."""
         return Encoding(self._tower, sequences)
@@ -115,6 +130,9 @@ class Runner:
 
         The logits are those behind each sequence's last token of this call.
         """
+        if self.layout.states and len(rows) > 1:  # what pads a row would be read
+            each = zip(sequences, rows, widths, strict=True)
+            return torch.cat([self.prefill(cache, [s], [row], [width]) for s, row, width in each])
         widest = max(widths)
         ids = torch.zeros(len(rows), widest, dtype=torch.long)
         positions = torch.zeros(3, len(rows), widest, dtype=torch.long)

@@ -42,6 +42,7 @@ class Inputs:
     image_tokens: range  # the places in ``ids`` that the picture's features go to
     pixels: torch.Tensor | None = None  # see ``pixels.Patcher``; not needed for a known picture
     image_key: bytes | None = None
+    boundary: int = 0  # see ``scheduler.Job``
 
 
 class Sequence:
@@ -99,6 +100,11 @@ class Sequence:
     def image_key(self) -> bytes | None:
         """Equal for equal pictures; None if nothing is shared."""
         return self.inputs.image_key
+
+    @property
+    def boundary(self) -> int:
+        """See ``scheduler.Job``."""
+        return self.inputs.boundary
 
     @property
     def encoded(self) -> bool:

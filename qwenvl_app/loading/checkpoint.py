@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 DEMO = Path(__file__).resolve().parent.parent / "demo_model"
 # The families whose parts the engine knows, see ``engine/vision.py`` and ``engine/model.py``.
-FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
+FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
 _MODELSCOPE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DTYPES = ("float32", "bfloat16", "float16")
 # What transformers needs for quantised weights, and how pip calls it. Nothing more for fp8.
