@@ -174,6 +174,83 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What published ones have instead, and how many parameters that makes: by their files' sizes.
+_QWEN2_5_VISION = {
+    **CONFIGS["qwen2_5_vl"]["vision_config"],
+    "depth": 32,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+}
+PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "Qwen2.5-VL-3B-Instruct": (
+        "qwen2_5_vl",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "max_window_layers": 70,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 36,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "vision_config": {**_QWEN2_5_VISION, "out_hidden_size": 2048},
+            "vocab_size": 151936,
+        },
+        3_754_622_976,
+    ),
+    "Qwen2.5-VL-7B-Instruct": (
+        "qwen2_5_vl",
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "max_window_layers": 28,
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "tie_word_embeddings": False,
+            "vision_config": {**_QWEN2_5_VISION, "out_hidden_size": 3584},
+            "vocab_size": 152064,
+        },
+        8_292_166_656,
+    ),
+    "Qwen3-VL-30B-A3B-Instruct": (
+        "qwen3_vl_moe",
+        {
+            "text_config": {
+                **CONFIGS["qwen3_vl_moe"]["text_config"],
+                "head_dim": 128,
+                "hidden_size": 2048,
+                "intermediate_size": 6144,
+                "moe_intermediate_size": 768,
+                "num_attention_heads": 32,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "num_hidden_layers": 48,
+                "num_key_value_heads": 4,
+                "rope_scaling": {
+                    "mrope_interleaved": True,
+                    "mrope_section": [24, 20, 20],
+                    "rope_type": "default",
+                },
+                "vocab_size": 151936,
+            },
+            "vision_config": {
+                **_QWEN3_VISION,
+                "deepstack_visual_indexes": [8, 16, 24],
+                "depth": 27,
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "model_type": "qwen3_vl_moe",
+                "num_heads": 16,
+                "num_position_embeddings": 2304,
+                "out_hidden_size": 2048,
+            },
+        },
+        31_070_754_032,
+    ),
+}
+
 _QWEN3_PICTURES = {
     "size": {"shortest_edge": 64 * 64, "longest_edge": 512 * 512},
     "patch_size": 16,

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
@@ -139,6 +140,16 @@ def test_the_vision_tower_in_pieces_is_the_vision_tower(wild):
         torch.testing.assert_close(
             torch.cat([f.deepstack[number] for f in features]), layer, **near
         )
+
+
+@pytest.mark.parametrize("name", families.PUBLISHED)
+def test_the_published_numbers(name: str):
+    """Made whole, they would have as many parameters as the published files."""
+    family, changes, parameters = families.PUBLISHED[name]
+    settings = families.CONFIGS[family] | changes
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **settings))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("family", FAMILIES)

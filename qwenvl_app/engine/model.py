@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class LoadedModel:
     """A model and what turns requests into its inputs."""
 
-    model: Any  # of a ``loading.checkpoint.FAMILIES``: their annotations admit no call of parts
+    model: Any  # of a supported family, whose annotations admit no call of its parts
     image_processor: Any  # Qwen2VLImageProcessorPil
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptBuilder
