@@ -39,7 +39,7 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Builds prompts; may be called on any thread. ``reasoning`` is None for other tokenizers.
+    """Builds prompts; may be called on any thread. ``reasoning`` is None if the tokenizer has none.
 
     Takes two tokenizer objects: a fast tokenizer keeps ``split_special_tokens`` as state on the
     shared object, and threads that mixed both values got wrong encodings (vllm #40949). So each

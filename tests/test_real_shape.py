@@ -271,7 +271,7 @@ def test_an_answer_that_never_comes_is_an_error(directory, copy, caplog):
         assert failed in client.get("/metrics").text
     assert answer.status_code == 500
     assert answer.json["detail"].startswith(
-        "服务器内部错误: 模型的思考过长，未能得出答案，请简化问题后重试。（请求编号 "
+        "服务器内部错误: 模型的思考没有得出答案，请简化问题后重试。（请求编号 "
     )
 
 

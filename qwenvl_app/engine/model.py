@@ -1,4 +1,4 @@
-"""The model: prefill and decode. With ``vision.py``, all that knows the model.
+"""The model: prefill and decode. With ``vision.py``, all that calls the model.
 
 transformers' own code runs unchanged; what is done here is to call its parts with everything that
 belongs to a request passed explicitly. Above all the positions: ``Qwen3VLModel`` would otherwise

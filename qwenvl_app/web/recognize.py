@@ -19,7 +19,7 @@ from qwenvl_app.web.departures import Departures
 from qwenvl_app.web.forms import read_form
 from qwenvl_app.web.schema import RecognizeForm
 
-_ONLY_REASONING = "模型的思考过长，未能得出答案，请简化问题后重试。"
+_ONLY_REASONING = "模型的思考没有得出答案，请简化问题后重试。"
 
 
 def blueprint(
@@ -63,9 +63,8 @@ def blueprint(
         finally:
             generation.cancel()
         caller.check()
-        usage = record.usage
-        if usage and 0 < usage.completion_tokens == usage.reasoning_tokens:
-            # An empty result would look like an answer.
+        if not result and record.usage and record.usage.reasoning_tokens:
+            # Cut before the answer began, as a rule. An empty result would look like one.
             raise InternalError(_ONLY_REASONING, reason="no_answer")
         return result
 
