@@ -35,6 +35,7 @@ RECORD = ".downloaded.json"
 # Never pickles, never code; and a name that is no path, whatever the hub says.
 _WANTED = re.compile(r"\w[\w.-]*\.(safetensors|json|txt|jinja)")
 _SAY_EVERY_S = 0.2
+_LONGEST_S = 7 * 86_400
 _AT_ONCE = 4  # the client's own default
 _AGAIN = "what has come is kept, and the next start goes on there"
 
@@ -127,6 +128,8 @@ def _client(config: HubConfig) -> HubApi:
     internals: Any = _download
     if not isinstance(internals.tqdm, partial):  # its bars are noise in a log
         internals.tqdm = partial(internals.tqdm, disable=True)
+    # An hour for each file: too little for 5 GB on a slow line. One that stands still ends sooner.
+    internals.DOWNLOAD_TOTAL_TIMEOUT = max(internals.DOWNLOAD_TOTAL_TIMEOUT, _LONGEST_S)
     return HubApi(config)
 
 
