@@ -255,7 +255,7 @@ def write_weights(directory: Path, *, width: int, layers: int, depth: int, shard
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0, 0.12)
+                parameter.normal_(0, 0.12 * (128 / width) ** 0.5)
     model.save_pretrained(directory, max_shard_size=shard)
     _write(directory / "config.json", settings)  # as it was published, not as it is written today
 

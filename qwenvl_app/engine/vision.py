@@ -67,7 +67,9 @@ class Tower:
         ids = get_vision_position_ids(grid, self.merge)
         rotary = visual.rotary_pos_emb(proj.weight, ids)  # of which it takes the device
         places = (visual.pos_embed(indices) * weights[:, :, None]).sum(1).to(proj.weight.dtype)
-        return Geometry(places, rotary, *get_vision_attention_seqlens(grid, visual.config))
+        # Left on the CPU: every layer reads the pictures' lengths three times, and on a GPU waits.
+        lengths = get_vision_attention_seqlens(torch.tensor(grids), visual.config)
+        return Geometry(places, rotary, *lengths)
 
 
 class Encoding:
