@@ -25,18 +25,15 @@ Tell = Callable[[str], None]
 _told = pytest.StashKey[list[str]]()
 
 
-def pytest_report_header() -> str:
-    if torch.cuda.is_available():
-        return f"GPU: {torch.cuda.get_device_name()}, torch {torch.__version__}"
-    why = "torch sees none" if torch.version.cuda else f"torch {torch.__version__} has no CUDA"
-    return f"GPU: none ({why}); on the CPU only, where a GPU is pretended"
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if lines := terminalreporter.config.stash.get(_told, []):
-        terminalreporter.section("measured, to compare and to report")
-        for line in lines:
-            terminalreporter.write_line(line)
+    if torch.cuda.is_available():
+        gpu = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    else:
+        why = "torch sees none" if torch.version.cuda else f"torch {torch.__version__} has no CUDA"
+        gpu = f"none ({why}); what wants one was not run, on the CPU one is pretended"
+    terminalreporter.section("tests/gpu: measured, to compare and to report")
+    for line in (f"GPU: {gpu}", *terminalreporter.config.stash.get(_told, [])):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture

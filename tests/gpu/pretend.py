@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from qwenvl_app.engine.engine import Engine
+
 GPU = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
 _aten = torch.ops.aten
@@ -227,6 +229,17 @@ class Gpus(TorchDispatchMode):
 
         weakref.finalize(storage, freed)
 
+    def restart(self) -> None:
+        """The peak is what is allocated now."""
+        self.peak = self.allocated
+
+    @contextmanager
+    def limit(self, room: int) -> Iterator[None]:
+        """Within the block, so many bytes are left."""
+        before, self.total = self.total, self.allocated + room
+        yield
+        self.total = before
+
     @contextmanager
     def here(self) -> Iterator[None]:
         """Within the block, this thread has the GPUs. On any other, using them is an error."""
@@ -256,7 +269,12 @@ _Generator = torch.Generator
 
 @contextmanager
 def pretend() -> Iterator[Gpus]:
-    """Within the block, torch makes generators for GPUs that are not there."""
-    gpus = Gpus()
-    with patch("torch.Generator", gpus._generator):
+    """Within the block, engines' threads have GPUs, and those of requests have not."""
+    gpus, run = Gpus(), Engine._run
+
+    def here(engine: Engine) -> None:
+        with gpus.here():
+            run(engine)
+
+    with patch("torch.Generator", gpus._generator), patch.object(Engine, "_run", here):
         yield gpus
