@@ -92,7 +92,8 @@ def inputs_of(loaded: LoadedModel, asked: GenerationRequest) -> dict[str, torch.
     """What ``generate`` wants, a batch of one."""
     inputs = prepare(loaded, asked.image, asked.prompt)
     picture = loaded.patcher.resized(asked.image)  # not as Pillow alone would: see pixels.py
-    features = loaded.image_processor(images=[picture], return_tensors="pt")
+    # A second time it would be resized where the processor admits one area only, as the demo's.
+    features = loaded.image_processor(images=[picture], do_resize=False, return_tensors="pt")
     types = torch.zeros(1, len(inputs.ids), dtype=torch.long)
     types[:, inputs.image_tokens.start : inputs.image_tokens.stop] = 1
     made = {
