@@ -1,14 +1,20 @@
-"""``flask --app wsgi check-config`` and ``doctor``: for whoever runs the service."""
+"""``flask --app wsgi check-config``, ``doctor`` and ``download``: for whoever runs the service."""
 
 from __future__ import annotations
 
+import logging.config
 import os
 import sys
+import time
 
 import click
 from flask import Flask
 
+from qwenvl_app import logs
+from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.settings import SECRETS, Settings, SettingsError, explain
+
+_LINES_APART_S = 5
 
 
 def is_running() -> bool:
@@ -21,6 +27,7 @@ def commands() -> Flask:
     app = Flask("qwenvl_app", static_folder=None)
     app.cli.add_command(check_config)
     app.cli.add_command(doctor)
+    app.cli.add_command(download)
     return app
 
 
@@ -56,6 +63,31 @@ def doctor(bind: str) -> None:
         failed |= finding.level is checks.Level.FAIL
         click.echo(f"{finding.level:5} {finding.about}: {finding.text}")
     sys.exit(1 if failed else 0)
+
+
+@click.command("download")
+def download() -> None:
+    """Download the model that MODEL names, as the first start would; exit status 1 if it fails."""
+    settings, _ = effective()
+    logging.config.dictConfig(logs.config(settings.log_format))
+    # Not at the top: it takes time to import.
+    from qwenvl_app.loading import checkpoint
+
+    next_line = 0.0
+
+    def say(message: str) -> None:
+        nonlocal next_line
+        if (now := time.monotonic()) >= next_line:
+            next_line = now + _LINES_APART_S
+            click.echo(message)
+
+    try:
+        directory = checkpoint.find(settings.model, say=say)
+        checkpoint.check(directory)
+    except ModelLoadError as error:
+        click.echo(f"qwenvl: {error}", err=True)
+        sys.exit(1)
+    click.echo(f"{settings.model} is in {directory}")
 
 
 def _shown(key: str, value: object) -> str:

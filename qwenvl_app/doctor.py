@@ -53,10 +53,12 @@ def examine(settings: Settings, bind: str) -> Iterator[Finding]:
     try:
         directory = checkpoint.find(settings.model, download=False)
         checkpoint.check(directory)
+    except checkpoint.NotDownloaded as error:
+        text = f"{error}; `flask --app wsgi download` gets it, or else the first start"
+        yield Finding(Level.WARN, "model", text)
+        return
     except ModelLoadError as error:
-        yet = "cache yet" in str(error)
-        more = "; it is downloaded at the first start, which takes that long" if yet else ""
-        yield Finding(Level.WARN if yet else Level.FAIL, "model", f"{error}{more}")
+        yield Finding(Level.FAIL, "model", str(error))
         return
     try:
         need = footprint.measure(directory, settings.dtype, settings.max_image_megapixels * 1e6)

@@ -115,3 +115,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 class ModelLoadError(Exception):
     """The model can't be loaded. The message is for the operator and names no directory."""
+
+
+class LoadStopped(BaseException):
+    """Ends a load that nobody waits for any longer; no library takes it for a failure."""

@@ -55,7 +55,7 @@ def test_commands_load_no_model():
         "import threading, sys, wsgi\n"
         "assert threading.active_count() == 1\n"
         "assert 'torch' not in sys.modules\n"
-        "assert list(wsgi.app.cli.commands) == ['check-config', 'doctor']\n"
+        "assert list(wsgi.app.cli.commands) == ['check-config', 'doctor', 'download']\n"
     )
     environ = os.environ | {"FLASK_RUN_FROM_CLI": "true"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environ, timeout=60)

@@ -187,7 +187,7 @@ def test_compose_names_files_that_exist():
 def test_as_service_has_the_units_environment(tmp_path: Path):
     """The doctor saw neither the model in the service's cache nor what the secrets' file sets.
 
-    Here runuser is a script that prints what it was given, and /etc another directory.
+    Here setpriv is a script that prints what it was given, and /etc another directory.
     """
     script = tmp_path / "deploy" / "as-service"
     script.parent.mkdir()
@@ -200,16 +200,16 @@ def test_as_service_has_the_units_environment(tmp_path: Path):
     (tmp_path / "secrets").write_text(
         '# keys\nQWENVL_API_KEYS=a b$c,d\nQWENVL_MODEL="x y"\n', encoding="utf-8"
     )
-    runuser = tmp_path / "runuser"
-    runuser.write_text('#!/bin/sh\npwd\necho "$@"\nenv\n')
-    runuser.chmod(0o755)
+    setpriv = tmp_path / "setpriv"
+    setpriv.write_text('#!/bin/sh\npwd\necho "$@"\nenv\n')
+    setpriv.chmod(0o755)
     environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "QWENVL_DEVICE": "cpu"}
     done = run("sh", str(script), "command", "-x", env=environ)
     assert done.stderr == ""
     told = done.stdout.splitlines()
     expected = " ".join(unit["Environment"]).split()
-    home = next(variable for variable in expected if variable.startswith("HOME="))
-    assert told[:2] == [str(tmp_path), f"-u {unit['User'][0]} -- env {home} command -x"]
+    user = f"--reuid={unit['User'][0]} --regid={unit['Group'][0]} --init-groups"
+    assert told[:2] == [str(tmp_path), f"{user} -- command -x"]
     assert len(expected) == 4
     assert {*expected, "QWENVL_API_KEYS=a b$c,d", "QWENVL_MODEL=x y"} <= set(told)
     assert not any(line.startswith("QWENVL_DEVICE=") for line in told)

@@ -149,14 +149,6 @@ def test_a_configuration_that_lacks_something(tmp_path: Path):
     assert "vision_config" in last.text
 
 
-def test_a_model_that_is_still_to_be_downloaded(monkeypatch, tmp_path: Path):
-    """The doctor does not download 17 GB; it says that the first start will."""
-    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
-    last = examine(model="Qwen/Some-Model-That-Is-Not-Here")[-1]
-    assert (last.level, last.about) == (Level.WARN, "model")
-    assert "downloaded at the first start" in last.text
-
-
 def test_versions_that_differ_are_named(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda _name: "0.0.1")
     found = doctor._versions()

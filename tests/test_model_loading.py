@@ -404,32 +404,6 @@ def test_names_that_are_no_directory(name: str, message: str):
         load(name)
 
 
-def test_a_modelscope_id_is_downloaded_and_then_loaded_as_a_directory(monkeypatch, checkpoint):
-    """The hub itself can't be reached from here: a stand-in for its one function."""
-    import modelscope
-
-    asked: list[str] = []
-
-    def snapshot_download(name: str) -> str:
-        asked.append(name)
-        return str(checkpoint)
-
-    monkeypatch.setattr(modelscope, "snapshot_download", snapshot_download)
-    assert load("Qwen/Qwen3-VL-8B-Instruct").model.config.model_type == "qwen3_vl"
-    assert asked == ["Qwen/Qwen3-VL-8B-Instruct"]
-
-
-def test_a_download_that_fails_is_told(monkeypatch):
-    import modelscope
-
-    def snapshot_download(name: str) -> str:
-        raise ConnectionError("https://secret.example/path")
-
-    monkeypatch.setattr(modelscope, "snapshot_download", snapshot_download)
-    with pytest.raises(ModelLoadError, match=r"could not be had from ModelScope \(Connection"):
-        load("Qwen/Qwen3-VL-8B-Instruct")
-
-
 def test_a_template_in_json_will_do(checkpoint: Path):
     """The published checkpoints have chat_template.json; newer tools write the .jinja."""
     template = (checkpoint / "chat_template.jinja").read_text(encoding="utf-8")

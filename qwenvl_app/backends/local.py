@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from qwenvl_app.backends import Generation, require_ready
-from qwenvl_app.errors import ModelLoadError, Unavailable
+from qwenvl_app.errors import LoadStopped, ModelLoadError, Unavailable
 from qwenvl_app.generation import BackendStats, GenerationRequest, Phase, Status
 from qwenvl_app.settings import Settings
 
@@ -54,7 +54,7 @@ class LocalBackend:
         return engine.submit(request)
 
     def close(self) -> None:
-        """See ``backends.Backend``. A load that is under way is left to end by itself."""
+        """See ``backends.Backend``. A load ends where it next says how far it is."""
         with self._lock:
             self._status = Status(Phase.DRAINING, "the service is stopping")
             engine, self._engine = self._engine, None
@@ -114,20 +114,21 @@ class LocalBackend:
             compiled=compiled,
         )
         engine = engines.Engine(loaded, options)
-        self._say("compiling, for a minute or two" if compiled else "warming up")
         try:
+            self._say("compiling, for a minute or two" if compiled else "warming up")
             warm_up.warm_up(engine)
-        except ModelLoadError as error:
+        except BaseException as error:
             engine.close()
-            if compiled:  # it has not failed before
-                raise ModelLoadError(
-                    f"{error}; or COMPILE can't be on here: set it to off"
-                ) from None
+            if compiled and isinstance(error, ModelLoadError):  # it was warmed up in vain
+                hint = "or compiling it fails: set COMPILE=off"
+                raise ModelLoadError(f"{error}; {hint}") from None
             raise
         return engine
 
     def _say(self, message: str) -> None:
         """Tell how far the loading is: in the status at once, in the log now and then."""
+        if self._closed.is_set():
+            raise LoadStopped
         with self._lock:
             if self._status.phase is Phase.LOADING:
                 self._status = dataclasses.replace(self._status, message=message)
@@ -144,6 +145,8 @@ class LocalBackend:
         except ModelLoadError as error:
             log.error("the model can't be loaded: %s", error)
             status = Status(Phase.FAILED, str(error))
+        except LoadStopped:
+            return
         except BaseException:  # a library's SystemExit too, or it would be loading for ever
             log.exception("the model can't be loaded")
             status = Status(Phase.FAILED, "an unexpected error while loading; the log has it")

@@ -7,8 +7,8 @@ So that what is wrong with it is said in a sentence and not in a traceback. The 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading import weights
 from qwenvl_app.loading.files import read_json, readable, refuse_pointer
 
-log = logging.getLogger(__name__)
-
 DEMO = Path(__file__).resolve().parent.parent / "demo_model"
 # The families whose parts the engine knows, see ``engine/vision.py`` and ``engine/model.py``.
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
-_MODELSCOPE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MODELSCOPE_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(\w[\w.-]*))?")
 _DTYPES = ("float32", "bfloat16", "float16")
 # What transformers needs for quantised weights, and how pip calls it. Nothing more for fp8.
 _QUANTISED = {
@@ -34,10 +32,17 @@ _QUANTISED = {
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 
 
-def find(name: str, *, download: bool = True) -> Path:
-    """The directory of ``demo``, a directory, or a ModelScope id.
+class NotDownloaded(ModelLoadError):
+    """What an id stands for is not here yet, or not all of it."""
 
-    Raises ModelLoadError, also for an id that is not in ModelScope's cache if not to ``download``.
+
+def find(
+    name: str, *, download: bool = True, say: Callable[[str], None] = lambda _message: None
+) -> Path:
+    """The directory of ``demo``, a directory, or a ModelScope id, ``@`` a revision perhaps.
+
+    Raises ModelLoadError, for an id of which not all is here NotDownloaded if not to ``download``.
+    ``say`` is told how far a download is.
     """
     if name == "demo":
         return DEMO
@@ -47,25 +52,17 @@ def find(name: str, *, download: bool = True) -> Path:
             return path
         if path.exists():
             raise ModelLoadError("MODEL is a file; it must be a checkpoint's directory")
-    if not _MODELSCOPE_ID.fullmatch(name):
+    if not (match := _MODELSCOPE_ID.fullmatch(name)):
         raise ModelLoadError("the directory that MODEL names does not exist")
-    # Only now: modelscope takes a second to import, and nothing else here talks to a network.
-    from modelscope import snapshot_download
+    # Only now: it takes time to import, and nothing else here talks to a network.
+    from qwenvl_app.loading import hub
 
+    model, revision = match[1], match[2] or hub.DEFAULT_REVISION
+    if directory := hub.cached(model, revision):
+        return directory
     if not download:
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except Exception:  # a class of its own in each of its versions
-            raise ModelLoadError(f"{name} is not in ModelScope's cache yet") from None
-    log.info("looking for %s on ModelScope", name)
-    try:
-        return Path(snapshot_download(name))
-    except Exception as error:
-        log.exception("the download of %s failed", name)
-        raise ModelLoadError(
-            f"{name} is no directory here, and could not be had from ModelScope "
-            f"({type(error).__name__})"
-        ) from None
+        raise NotDownloaded(f"{name} is not in ModelScope's cache yet, or not all of it")
+    return hub.download(model, revision, say)
 
 
 def check(directory: Path) -> str:

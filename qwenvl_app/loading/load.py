@@ -28,10 +28,10 @@ def load(
 
     By default as the service being replaced: ``dtype="auto"``, ``device_map="auto"`` through
     accelerate, and the checkpoint's own ``generation_config``. ``say`` is told, often, how far it
-    is. Raises ModelLoadError.
+    is, and may raise LoadStopped. Raises ModelLoadError.
     """
     say("looking for the checkpoint")
-    directory = find(name)
+    directory = find(name, say=say)
     log.info("loading the model from %s", directory)
     template = check(directory)
     auto: Any = AutoModelForImageTextToText  # transformers' annotations don't know the report
