@@ -19,8 +19,10 @@ from qwenvl_app.engine.engine import Engine
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.generation import GenerationRequest
+from qwenvl_app.loading.checkpoint import FAMILIES
 from qwenvl_app.loading.load import load
-from tests.engines import OPTIONS, agrees, finish, generate, random_request, request, spread
+from tests import families
+from tests.engines import OPTIONS, finish, generate, judge, random_request, request, spread
 from tests.gpu.pretend import GPU, Gpus, pretend
 
 SECOND = torch.device("cuda", 1)
@@ -67,13 +69,6 @@ def answered(engine: Engine, asked: list[GenerationRequest]) -> list[Sequence]:
     return sequences
 
 
-def judge(loaded: LoadedModel, sequences: list[Sequence], asked: list[GenerationRequest]) -> None:
-    pairs = zip(sequences, asked, strict=True)
-    verdicts = [agrees(sequence, generate(loaded, each)) for sequence, each in pairs]
-    assert False not in verdicts
-    assert verdicts.count(None) <= 1
-
-
 @pytest.mark.parametrize(
     ("attention", "chunk", "prefix"), [("sdpa", 1024, 0), ("eager", 1024, 0), ("sdpa", 50, 2**26)]
 )
@@ -86,7 +81,16 @@ def test_every_token_is_that_of_generate(wild, gpus, attention, chunk, prefix):
     with running(gpus, loaded, prefill_chunk=chunk, prefix_cache_bytes=prefix) as engine:
         sequences = answered(engine, asked) + answered(engine, again)
         assert engine.prefixes.hits == len(again)
-    judge(wild, sequences, asked + again)
+    judge([(s, generate(wild, each)) for s, each in zip(sequences, asked + again, strict=True)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(gpus, family, tmp_path):
+    wild = families.wild(tmp_path / family, family)
+    asked = [random_request(random.Random(n), max_new_tokens=8) for n in range(4)]
+    with running(gpus, moved(wild, gpus), prefill_chunk=50) as engine:
+        sequences = answered(engine, asked)
+    judge([(s, generate(wild, each)) for s, each in zip(sequences, asked, strict=True)])
 
 
 def test_in_bfloat16_what_the_vision_tower_makes_fits_the_language_model(wild, gpus):
@@ -115,7 +119,7 @@ def test_layers_on_two_gpus(wild, gpus):
     with running(gpus, loaded, prefill_chunk=50) as engine:
         assert [d.index for d in engine._runner.layout.devices] == [0, 0, 1, 1]
         sequences = answered(engine, asked)
-    judge(wild, sequences, asked)
+    judge([(s, generate(wild, each)) for s, each in zip(sequences, asked, strict=True)])
 
 
 def test_drawing_with_penalties_and_seeds(wild, gpus):
