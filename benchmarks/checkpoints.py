@@ -28,9 +28,6 @@ def write_checkpoint(directory: Path, max_pixels: int = 1024 * 1024) -> None:
         "num_key_value_heads": 4,
     }
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**values))
-    # A token ends answers, as it must, and is never the likeliest: its logit is always 0.
-    end = model.config.text_config.vocab_size - 1
-    with torch.no_grad():
-        model.get_input_embeddings().weight[end] = 0
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=end)
+    never = values["text_config"]["vocab_size"]  # the first id that there is not
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=never)
     model.save_pretrained(directory)
