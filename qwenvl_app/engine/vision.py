@@ -114,14 +114,16 @@ class Tower:
         if hasattr(visual, "fullatt_block_indexes"):
             windows = Windows(
                 *get_vision_window_index(
-                    grid,
+                    torch.tensor(grids),
                     spatial_merge_size=self.merge,
                     window_size=visual.window_size,
                     patch_size=visual.patch_size,
                 )
             )
             rotary = tuple(self._by_windows(part, windows) for part in rotary)
-        return Geometry(places, rotary, windows, *get_vision_attention_seqlens(grid, visual.config))
+        # Left on the CPU: every layer reads the pictures' lengths three times, and on a GPU waits.
+        lengths = get_vision_attention_seqlens(torch.tensor(grids), visual.config)
+        return Geometry(places, rotary, windows, *lengths)
 
     def _by_windows(self, patches: torch.Tensor, windows: Windows) -> torch.Tensor:
         merged = patches.view(-1, self.merge**2, patches.shape[-1])
