@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 import random
+import shutil
 import time
 
 import pytest
@@ -18,8 +19,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import cpu
-from qwenvl_app.engine.model import LoadedModel, mrope_positions, prepare
+from qwenvl_app.engine.model import LoadedModel, Runner, mrope_positions, prepare
 from qwenvl_app.engine.vision import Encoding, Tower
+from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.generation import GenerationRequest, Phase
 from qwenvl_app.loading.checkpoint import FAMILIES
 from qwenvl_app.settings import load_settings
@@ -81,6 +83,21 @@ def test_nor_does_it_matter_how_products_are_made(wild, asked, change: str, monk
     else:
         other.model.set_attn_implementation("eager")
     with running(other, prefill_chunk=50) as engine:
+        pairs = [(engine.submit(each), solo) for each, solo in asked]
+        for sequence, _ in pairs:
+            finish(sequence)
+    judge(pairs)
+
+
+@pytest.mark.timeout(300)  # torch.compile takes most of a minute
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
+def test_compiled(wild, asked):
+    """See ``test_compiled.py``. A recurrent layer's state is not among what is compiled."""
+    if wild.model.config.model_type.startswith("qwen3_5"):
+        with pytest.raises(ModelLoadError, match="does not know this model's recurrent layers"):
+            Runner(wild.model, compiled=True)
+        return
+    with running(wild, compiled=True) as engine:
         pairs = [(engine.submit(each), solo) for each, solo in asked]
         for sequence, _ in pairs:
             finish(sequence)
