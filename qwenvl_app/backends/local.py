@@ -93,6 +93,7 @@ class LocalBackend:
         from qwenvl_app.loading import load, warm_up
 
         settings = self._settings
+        compiled = settings.compile == "on"
         cpu.use_threads(settings.cpu_threads)
         loaded = load.load(
             settings.model,
@@ -101,7 +102,8 @@ class LocalBackend:
             attention=settings.attention,
             say=self._say,
         )
-        cpu.pack(loaded.model)
+        if not compiled:  # which lays weights out by itself
+            cpu.pack(loaded.model)
         options = engines.EngineOptions(
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,
@@ -109,13 +111,18 @@ class LocalBackend:
             or memory.free_memory(loaded.model.device) // 2,
             prefix_cache_bytes=settings.prefix_cache_mb * 2**20,
             prefill_chunk=settings.prefill_chunk,
+            compiled=compiled,
         )
         engine = engines.Engine(loaded, options)
         try:
-            self._say("warming up")
+            self._say("compiling, for a minute or two" if compiled else "warming up")
             warm_up.warm_up(engine)
-        except BaseException:
+        except BaseException as error:
             engine.close()
+            if compiled and isinstance(error, ModelLoadError):  # it has not failed before
+                raise ModelLoadError(
+                    f"{error}; or COMPILE can't be on here: set it to off"
+                ) from None
             raise
         return engine
 

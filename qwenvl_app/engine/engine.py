@@ -45,6 +45,7 @@ class EngineOptions:
     kv_cache_bytes: int
     prefix_cache_bytes: int
     prefill_chunk: int  # prompt tokens a step
+    compiled: bool = False  # see ``CompiledDecode``
 
 
 class Engine:
@@ -55,7 +56,7 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, options: EngineOptions):
         self._loaded, self._options = loaded, options
-        self._runner = Runner(loaded.model)
+        self._runner = Runner(loaded.model, compiled=options.compiled)
         self._budget = options.kv_cache_bytes // self._runner.layout.token_bytes
         if self._budget < _LEAST_TOKENS:
             raise ModelLoadError(
@@ -70,7 +71,8 @@ class Engine:
             self._runner.depth,
         )
         self.prefixes = PrefixCache(options.prefix_cache_bytes)
-        self._executor = Executor(self._runner, self.prefixes)
+        roomy = self._budget if options.compiled else 0
+        self._executor = Executor(self._runner, self.prefixes, roomy)
         self._salt = repr(sorted(loaded.image_processor.to_dict().items()))
         ends = loaded.model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends])

@@ -27,14 +27,14 @@ class Executor:
     ``rows`` is always the scheduler's list: row ``i`` of the cache belongs to ``rows[i]``.
     """
 
-    def __init__(self, runner: Runner, prefixes: PrefixCache):
-        self.runner, self.prefixes = runner, prefixes
-        self.cache = SlotCache(runner.layout)
+    def __init__(self, runner: Runner, prefixes: PrefixCache, roomy: int = 0):
+        self.runner, self.prefixes, self._roomy = runner, prefixes, roomy
+        self.cache = SlotCache(runner.layout, roomy)
         self._encoding: Encoding | None = None
 
     def reset(self) -> None:
         """Forget everything that was under way."""
-        self.cache, self._encoding = SlotCache(self.runner.layout), None
+        self.cache, self._encoding = SlotCache(self.runner.layout, self._roomy), None
 
     def shrink(self, rows: list[Sequence]) -> None:
         """Give memory back that nobody needs any more."""

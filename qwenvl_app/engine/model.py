@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from qwenvl_app.engine.compiled import CompiledDecode
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
 from qwenvl_app.engine.pixels import Patcher
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
@@ -75,7 +76,7 @@ def mrope_positions(
 class Runner:
     """Calls of the model, in inference mode. Used by the engine's thread alone."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, *, compiled: bool = False):
         self._model, self._text = model, model.model.language_model
         self._tower = Tower(model.model.visual)
         config = model.config.text_config
@@ -97,6 +98,12 @@ class Runner:
         self.depth = len(self._tower.visual.blocks)
         self.merge: int = self._tower.merge
         self._device = self._text.embed_tokens.weight.device
+        self._compiled = CompiledDecode(self._step) if compiled else None
+        if compiled and len({self.device, self._device, *self.layout.devices}) > 1:
+            raise ModelLoadError(
+                "COMPILE wants the whole model on one device: set COMPILE=off, or DEVICE to one "
+                "that has room for all of it"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -160,12 +167,19 @@ class Runner:
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
         """One token for each of the rows 0 to n; logits (n, vocabulary)."""
+        if self._compiled and self._compiled.takes(cache, len(ids)):
+            return self._compiled(cache, ids, positions, starts)
         mask = cache.begin(range(len(ids)), starts, [1] * len(ids))
-        places = torch.tensor(positions, device=self._device)[None, :, None]
+        inputs = torch.tensor([ids, positions], device=self._device)
+        return self._step(inputs[0], inputs[1], mask, cache)
+
+    def _step(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
         hidden = self._text(
-            input_ids=torch.tensor(ids, device=self._device)[:, None],
+            input_ids=ids[:, None],
             attention_mask=self._mask(mask),
-            position_ids=places.expand(3, -1, -1),
+            position_ids=positions[None, :, None].expand(3, -1, -1),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
