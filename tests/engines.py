@@ -141,5 +141,12 @@ def agrees(sequence: Sequence, solo: Solo) -> bool | None:
     return None if first is not None and solo.margins[first] < CLOSE else False
 
 
+def judge(pairs: list[tuple[Sequence, Solo]]) -> None:
+    verdicts = [agrees(sequence, solo) for sequence, solo in pairs]
+    ties = verdicts.count(None)
+    assert verdicts.count(False) == 0, f"{verdicts.count(False)} differ, {ties} tie"
+    assert ties <= len(verdicts) // 16, f"{ties} ties"
+
+
 def finish(sequence: Sequence) -> str:
     return "".join(delta.text for delta in sequence)

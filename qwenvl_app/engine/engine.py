@@ -57,7 +57,7 @@ class Engine:
     def __init__(self, loaded: LoadedModel, options: EngineOptions):
         self._loaded, self._options = loaded, options
         self._runner = Runner(loaded.model, compiled=options.compiled)
-        self._budget = options.kv_cache_bytes // self._runner.layout.token_bytes
+        self._budget = self._runner.layout.room(options.kv_cache_bytes, options.slots)
         if self._budget < _LEAST_TOKENS:
             raise ModelLoadError(
                 f"the KV cache has room for {self._budget} tokens only: free memory, or set "
@@ -71,8 +71,7 @@ class Engine:
             self._runner.depth,
         )
         self.prefixes = PrefixCache(options.prefix_cache_bytes)
-        roomy = self._budget if options.compiled else 0
-        self._executor = Executor(self._runner, self.prefixes, roomy)
+        self._executor = Executor(self._runner, self.prefixes, self._budget)
         self._salt = repr(sorted(loaded.image_processor.to_dict().items()))
         ends = loaded.model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends])
@@ -83,11 +82,8 @@ class Engine:
         self.failure: Status | None = None  # once nothing works any more
         self.steps = 0
         self.step_began: float | None = None  # time.monotonic(), while a step is running
-        log.info(
-            "KV cache: %d bytes a token, room for %d tokens",
-            self._runner.layout.token_bytes,
-            self._budget,
-        )
+        size = self._runner.layout.token_bytes
+        log.info("KV cache: %d bytes a token, room for %d tokens", size, self._budget)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -117,7 +113,7 @@ class Engine:
             kv_tokens=sum(sequence.computed for sequence in list(self._scheduler.rows)),
             kv_budget_tokens=self._budget,
             kv_bytes=self.cache_bytes,
-            kv_budget_bytes=self._budget * layout.token_bytes,
+            kv_budget_bytes=layout.bytes(self._budget, self._options.slots),
             prefix_queries=self.prefixes.hits + self.prefixes.misses,
             prefix_hits=self.prefixes.hits,
             prefix_bytes=self.prefixes.bytes,
@@ -168,7 +164,9 @@ class Engine:
                 f"图片和提示词共 {len(inputs.ids)} 个 token，超过 {longest - 1} 个的限制。"
             )
         prefix = None
-        if inputs.image_tokens.stop * self._runner.layout.token_bytes <= self.prefixes.budget:
+        layout, length = self._runner.layout, inputs.image_tokens.stop
+        if layout.bytes(length, 1) <= self.prefixes.budget:
+            inputs.boundary = length if layout.states else 0
             inputs.image_key = image_key(request.image, self._salt)
             prefix = self.prefixes.get(inputs.image_key)
         if prefix is None:
@@ -176,7 +174,7 @@ class Engine:
         most = self._options.max_new_tokens
         limit = min(sampling.max_new_tokens or most, most, room)
         sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)
-        return Sequence(request, inputs, sampler, limit, loaded.tokenizer, arrived, prefix)
+        return Sequence(request, inputs, sampler, limit, loaded.detokenizer(), arrived, prefix)
 
     # From here on: the engine's thread.
 

@@ -7,7 +7,10 @@ a row may look at is said by the 4-D mask that ``begin`` returns.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,18 +28,46 @@ def power_of_two(number: int, least: int = 1) -> int:
 
 
 @dataclass(frozen=True)
+class State:
+    """Shape of what a recurrent layer keeps of one row, see ``recurrent.py``."""
+
+    layer: int
+    inputs: tuple[int, int]  # channels, length of the kernel
+    matrices: tuple[int, int, int]  # heads, sizes of a key and a value; in float32
+    dtype: torch.dtype  # of the inputs
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """What it takes."""
+        return math.prod(self.inputs) * self.dtype.itemsize + math.prod(self.matrices) * 4
+
+
+@dataclass(frozen=True)
 class Layout:
-    """Shape of the cache, from the model's configuration; ``devices``, one a layer."""
+    """Shape of the cache, from the model's configuration; ``devices``, one a layer.
+
+    Those layers aside that have ``states`` instead of keys and values.
+    """
 
     heads: int
     head_dim: int
     dtype: torch.dtype
     devices: tuple[torch.device, ...]
+    states: tuple[State, ...] = ()
 
     @property
     def token_bytes(self) -> int:
         """What one token of one sequence takes, in all layers."""
         return 2 * len(self.devices) * self.heads * self.head_dim * self.dtype.itemsize
+
+    def bytes(self, tokens: int, rows: int) -> int:
+        """What so many tokens in so many rows take."""
+        return tokens * self.token_bytes + rows * sum(state.bytes for state in self.states)
+
+    def room(self, memory: int, rows: int) -> int:
+        """How many tokens so many rows may have in ``memory``, in bytes."""
+        return max(0, memory - self.bytes(0, rows)) // self.token_bytes
 
 
 class SlotCache(Cache):
@@ -116,6 +147,14 @@ class SlotCache(Cache):
         ):
             tensors[0][row, :, : keys.shape[1]] = keys
             tensors[1][row, :, : values.shape[1]] = values
+
+    @contextmanager
+    def kept(self, rows: list[int]) -> Iterator[None]:
+        """Within the block, a call of the model leaves nothing behind in ``rows``.
+
+        Of keys and values it does not anyway: those lie behind the row's end, and are overwritten.
+        """
+        yield
 
     def begin(self, rows: Many[int], starts: Many[int], widths: Many[int]) -> torch.Tensor:
         """Prepare a call of the model: ``widths[i]`` tokens for ``rows[i]`` from ``starts[i]`` on.

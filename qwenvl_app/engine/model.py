@@ -1,4 +1,4 @@
-"""The model: prefill and decode. With ``vision.py``, all that knows the model family.
+"""The model: prefill and decode. With ``vision.py``, all that calls the model.
 
 transformers' own code runs unchanged; what is done here is to call its parts with everything that
 belongs to a request passed explicitly. Above all the positions: ``Qwen3VLModel`` would otherwise
@@ -16,8 +16,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qwenvl_app.engine.compiled import CompiledDecode
+from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
 from qwenvl_app.engine.pixels import Patcher
+from qwenvl_app.engine.recurrent import RecurrentCache, states_of
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
 from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.errors import ModelLoadError
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 class LoadedModel:
     """A model and what turns requests into its inputs."""
 
-    model: Any  # Qwen3VLForConditionalGeneration, whose annotations admit no call of its parts
+    model: Any  # of a supported family, whose annotations admit no call of its parts
     image_processor: Any  # Qwen2VLImageProcessorPil
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptBuilder
@@ -40,6 +42,10 @@ class LoadedModel:
     def patcher(self) -> Patcher:
         """Of ``image_processor``. Raises ModelLoadError."""
         return Patcher(self.image_processor)
+
+    def detokenizer(self) -> Detokenizer:
+        """For one answer."""
+        return Detokenizer(self.tokenizer, self.prompts.reasoning)
 
 
 def prepare(loaded: LoadedModel, image: Image, text: str) -> Inputs:
@@ -80,24 +86,33 @@ class Runner:
         self._model, self._text = model, model.model.language_model
         self._tower = Tower(model.model.visual)
         config = model.config.text_config
-        heads: int = config.num_key_value_heads
-        self.layout = Layout(
-            heads,
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            self._text.embed_tokens.weight.dtype,
-            tuple(layer.input_layernorm.weight.device for layer in self._text.layers),
-        )
-        if any(device.type == "meta" for device in self.layout.devices):
+        devices = [layer.input_layernorm.weight.device for layer in self._text.layers]
+        if any(device.type == "meta" for device in devices):
             raise ModelLoadError(
                 "the model does not fit the device: some of its layers were left in the machine's "
                 "memory or on disk; use a smaller or a quantised checkpoint"
             )
+        heads: int = config.num_key_value_heads
+        states = states_of(self._text)
+        for state in reversed(states):
+            del devices[state.layer]
+        self.layout = Layout(
+            heads,
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            self._text.embed_tokens.weight.dtype,
+            tuple(devices),
+            states,
+        )
         # The eager attention adds its mask; all others take True and False.
         self._adds_mask = self._text.config._attn_implementation == "eager"
         self.max_length: int = config.max_position_embeddings
         self.depth = len(self._tower.visual.blocks)
         self.merge: int = self._tower.merge
         self._device = self._text.embed_tokens.weight.device
+        if compiled and states:
+            raise ModelLoadError(
+                "COMPILE=on does not know this model's recurrent layers: set COMPILE=off"
+            )
         self._compiled = CompiledDecode(self._step) if compiled else None
         if compiled and len({self.device, self._device, *self.layout.devices}) > 1:
             raise ModelLoadError(
@@ -111,6 +126,12 @@ class Runner:
         device: torch.device = self._model.lm_head.weight.device
         return device
 
+    def new_cache(self, budget: int) -> SlotCache:
+        """An empty one, for up to ``budget`` tokens."""
+        if self.layout.states:
+            return RecurrentCache(self.layout)
+        return SlotCache(self.layout, budget if self._compiled else 0)
+
     def encode(self, sequences: list[Sequence]) -> Encoding:
         """Begin the vision tower's work on the pictures of ``sequences``."""
         return Encoding(self._tower, sequences)
@@ -122,6 +143,9 @@ class Runner:
 
         The logits are those behind each sequence's last token of this call.
         """
+        if self.layout.states and len(rows) > 1:  # what pads a row would be read
+            each = zip(sequences, rows, widths, strict=True)
+            return torch.cat([self.prefill(cache, [s], [row], [width]) for s, row, width in each])
         widest = max(widths)
         ids = torch.zeros(len(rows), widest, dtype=torch.long)
         positions = torch.zeros(3, len(rows), widest, dtype=torch.long)
@@ -148,9 +172,9 @@ class Runner:
             is_image = is_image.to(self._device)
             features = torch.cat([part.embeds for part in parts])
             embeds[is_image] = features.to(embeds.device, embeds.dtype)
-            layers = zip(*(part.deepstack for part in parts), strict=True)
-            visual["visual_pos_masks"] = is_image
-            visual["deepstack_visual_embeds"] = [torch.cat(layer) for layer in layers]
+            layers = [torch.cat(each) for each in zip(*(p.deepstack for p in parts), strict=True)]
+            if layers:
+                visual = {"visual_pos_masks": is_image, "deepstack_visual_embeds": layers}
         mask = cache.begin(rows, [s.computed for s in sequences], widths)
         hidden = self._text(
             inputs_embeds=embeds,

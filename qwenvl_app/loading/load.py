@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.errors import ModelLoadError
@@ -34,10 +34,9 @@ def load(
     directory = find(name, say=say)
     log.info("loading the model from %s", directory)
     template = check(directory)
-    # Typed as Any: transformers' own annotations don't know the report.
-    family: Any = Qwen3VLForConditionalGeneration
+    auto: Any = AutoModelForImageTextToText  # transformers' annotations don't know the report
     with progress.told(say):
-        model, report = family.from_pretrained(
+        model, report = auto.from_pretrained(
             directory,
             dtype=dtype,
             device_map=device,
