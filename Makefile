@@ -9,13 +9,17 @@ ifdef MODEL
 export QWENVL_MODEL := $(MODEL)
 endif
 
-.PHONY: run test check format bench demo clean
+.PHONY: run test test-gpu check format bench demo clean
 
 run: $(VENV)/runtime
 	$(BIN)/gunicorn -c config/gunicorn.conf.py --bind $(HOST):$(PORT) wsgi:app
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
+
+# What needs a GPU. Where torch sees none nothing is collected, which counts as a failure.
+test-gpu: $(VENV)/dev
+	$(BIN)/python -m pytest tests/gpu -m gpu
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .

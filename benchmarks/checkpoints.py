@@ -28,5 +28,6 @@ def write_checkpoint(directory: Path, max_pixels: int = 1024 * 1024) -> None:
         "num_key_value_heads": 4,
     }
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**values))
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    never = values["text_config"]["vocab_size"]  # the first id that there is not
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=never)
     model.save_pretrained(directory)

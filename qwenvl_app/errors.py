@@ -99,16 +99,17 @@ class ClientGone(ServiceError):
         super().__init__("Client Closed Request")
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether ``error`` is about memory.
+# What else tells of it but torch's class: its CPU allocator; the CUDA runtime, when it is not
+# torch's allocator that asks; cuBLAS and cuDNN, which make their workspaces at their first use.
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 
-    torch, which is not known here, has a class of its own for that; but on a CPU it comes as a
-    plain RuntimeError.
-    """
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether ``error`` is about memory. torch, which has a class for that, is not known here."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY))
     )
 
 

@@ -92,16 +92,18 @@ def inputs_of(loaded: LoadedModel, asked: GenerationRequest) -> dict[str, torch.
     """What ``generate`` wants, a batch of one."""
     inputs = prepare(loaded, asked.image, asked.prompt)
     picture = loaded.patcher.resized(asked.image)  # not as Pillow alone would: see pixels.py
-    features = loaded.image_processor(images=[picture], return_tensors="pt")
+    # A second time it would be resized where the processor admits one area only, as the demo's.
+    features = loaded.image_processor(images=[picture], do_resize=False, return_tensors="pt")
     types = torch.zeros(1, len(inputs.ids), dtype=torch.long)
     types[:, inputs.image_tokens.start : inputs.image_tokens.stop] = 1
-    return {
+    made = {
         "input_ids": torch.tensor([inputs.ids]),
         "attention_mask": torch.ones_like(types),
         "mm_token_type_ids": types,
         "pixel_values": features["pixel_values"],
         "image_grid_thw": features["image_grid_thw"],
     }
+    return {name: tensor.to(loaded.model.device) for name, tensor in made.items()}
 
 
 @dataclasses.dataclass
@@ -132,13 +134,13 @@ def generate(loaded: LoadedModel, asked: GenerationRequest) -> Solo:
     return Solo(tokens, (best[:, 0] - best[:, 1]).tolist())
 
 
-def agrees(sequence: Sequence, solo: Solo) -> bool | None:
+def agrees(sequence: Sequence, solo: Solo, close: float = CLOSE) -> bool | None:
     """Whether the tokens are those of ``generate``; None if they part where two choices tie."""
     if sequence.tokens == solo.tokens:
         return True
     pairs = enumerate(zip(sequence.tokens, solo.tokens, strict=False))
     first = next((at for at, (ours, theirs) in pairs if ours != theirs), None)
-    return None if first is not None and solo.margins[first] < CLOSE else False
+    return None if first is not None and solo.margins[first] < close else False
 
 
 def judge(pairs: list[tuple[Sequence, Solo]]) -> None:

@@ -96,10 +96,15 @@ FILES: dict[str, dict[str, Any]] = {
 }
 
 
-def config(width: int = 4096, layers: int = 36, depth: int = 27) -> dict[str, Any]:
-    """config.json; of another ``width``, with heads in proportion and each as large as it was."""
+def config(
+    width: int = 4096, layers: int = 36, depth: int = 27, tower: int | None = None
+) -> dict[str, Any]:
+    """config.json; of another ``width``, with heads in proportion and each as large as it was.
+
+    The vision tower is as wide as that of a model of width ``tower``, by default of this one.
+    """
     heads = max(2, width // 512)
-    vision_heads = max(2, 16 * width // 4096)
+    vision_heads = max(2, 16 * (tower or width) // 4096)
     deepstack = [8, 16, 24] if depth > 24 else list(range(min(3, depth)))
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"],
@@ -243,30 +248,38 @@ def write_tokenizer(directory: Path) -> None:
     fast.backend_tokenizer.save(str(directory / "tokenizer.json"))
 
 
-def write_weights(directory: Path, *, width: int, layers: int, depth: int, shard: str) -> None:
+def write_weights(
+    directory: Path, *, width: int, layers: int, depth: int, tower: int | None, shard: str
+) -> None:
     """config.json, generation_config.json, the shards in bfloat16 and their index.
 
     Weights this large make every position count, and every answer different.
     """
     torch.manual_seed(0)
-    settings = config(width, layers, depth)
+    settings = config(width, layers, depth, tower)
     model: Any = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(settings))
     model.to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0, 0.12)
+                parameter.normal_(0, 0.12 * (128 / width) ** 0.5)
     model.save_pretrained(directory, max_shard_size=shard)
     _write(directory / "config.json", settings)  # as it was published, not as it is written today
 
 
 def make(
-    directory: Path, *, width: int = 128, layers: int = 4, depth: int = 4, shard: str = "30MB"
+    directory: Path,
+    *,
+    width: int = 128,
+    layers: int = 4,
+    depth: int = 4,
+    tower: int | None = None,
+    shard: str = "30MB",
 ) -> Path:
     """The whole checkpoint in ``directory``. OSError if the vocabulary can't be had."""
     directory.mkdir(parents=True, exist_ok=True)
     write_tokenizer(directory)
-    write_weights(directory, width=width, layers=layers, depth=depth, shard=shard)
+    write_weights(directory, width=width, layers=layers, depth=depth, tower=tower, shard=shard)
     for file, content in FILES.items():
         _write(directory / file, content)
     _write(directory / "chat_template.json", {"chat_template": TEMPLATE})

@@ -11,6 +11,7 @@ import torch
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import compiled
 from qwenvl_app.engine.kv_cache import BLOCK, Layout, SlotCache
+from qwenvl_app.errors import InternalError
 from qwenvl_app.generation import Phase
 from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
@@ -62,6 +63,26 @@ def test_compiled_tokens_are_those_of_generate(asked, slots, recorded, monkeypat
     assert verdicts.count(None) <= 1
     if recorded:  # at most one for each number of rows, each time that the cache moved
         assert 0 < Replayed.made <= versions * slots.bit_length() < steps
+
+
+def test_no_graph_outlives_the_cache_that_it_was_recorded_on(asked, monkeypatch):
+    """Each failing step makes a new cache, which once counted its versions from 0 again.
+
+    Its third was then taken for the old one's third, and graphs wrote to memory given back.
+    """
+    monkeypatch.setattr(compiled, "Graph", Replayed)
+    monkeypatch.setattr(compiled, "_records", lambda _device: True)
+    wild, requests = asked
+    with running(wild, slots=4, compiled=True) as engine:
+        for _ in range(3):
+            pairs = [(engine.submit(request), solo) for request, solo in requests[:8]]
+            for sequence, _ in pairs:
+                finish(sequence)
+            assert False not in [agrees(sequence, solo) for sequence, solo in pairs]
+            with monkeypatch.context() as patched:
+                patched.setattr(engine._runner, "prefill", lambda *_: 1 / 0)
+                with pytest.raises(InternalError):
+                    list(engine.submit(requests[0][0]))
 
 
 @pytest.mark.parametrize(

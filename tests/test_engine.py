@@ -319,22 +319,32 @@ def test_a_failing_step_ends_those_in_it_and_the_next_request_works(wild, monkey
     assert "at 0x7f" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["GPU", "CPU"])
-def test_out_of_memory_is_said_as_503(wild, monkeypatch, kind):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        # Whoever else asks a GPU for memory. The first is of the class of errors that stay.
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        None,
+    ],
+)
+def test_out_of_memory_is_said_as_503(wild, monkeypatch, error):
     with running(wild, prefix_cache_bytes=2**20) as engine:
         real = engine._runner.prefill
 
         def full(*_arguments):
-            if kind == "GPU":
-                raise torch.OutOfMemoryError("tried to allocate")
-            torch.empty(2**60)  # not the same class: three of these ended the engine for good
+            if error:
+                raise error
+            torch.empty(2**60)  # a CPU's is of no class: three of these ended the engine for good
 
         monkeypatch.setattr(engine._runner, "prefill", full)
         image = Image.new("RGB", (64, 64))
         for _ in range(5):  # however often: a picture that is too large is no broken engine
-            with pytest.raises(Unavailable) as error:
+            with pytest.raises(Unavailable) as refusal:
                 list(engine.submit(request(image)))
-            assert error.value.retry_after
+            assert refusal.value.retry_after
         monkeypatch.setattr(engine._runner, "prefill", real)
         finish(engine.submit(request(image, max_new_tokens=2)))
 

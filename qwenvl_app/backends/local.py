@@ -119,10 +119,9 @@ class LocalBackend:
             warm_up.warm_up(engine)
         except BaseException as error:
             engine.close()
-            if compiled and isinstance(error, ModelLoadError):  # it has not failed before
-                raise ModelLoadError(
-                    f"{error}; or COMPILE can't be on here: set it to off"
-                ) from None
+            if compiled and isinstance(error, ModelLoadError):  # it was warmed up in vain
+                hint = "or compiling it fails: set COMPILE=off"
+                raise ModelLoadError(f"{error}; {hint}") from None
             raise
         return engine
 

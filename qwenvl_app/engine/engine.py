@@ -280,8 +280,8 @@ class Engine:
         ids = ", ".join(sequence.request_id for sequence in self._scheduler.rows)
         log.exception("a step failed, and the requests in it end: %s", ids)
         exhausted = is_out_of_memory(error)
-        # A fatal CUDA error stays with the process: everything after it fails too.
-        fatal = isinstance(error, torch.AcceleratorError)
+        # A CUDA error stays with the process: everything after it fails too. Not so want of memory.
+        fatal = isinstance(error, torch.AcceleratorError) and not exhausted
         for sequence in list(self._scheduler.rows):
             self._scheduler.remove(sequence)
             sequence.finish(Unavailable.exhausted() if exhausted else InternalError(FAILED))

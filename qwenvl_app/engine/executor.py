@@ -28,13 +28,14 @@ class Executor:
     """
 
     def __init__(self, runner: Runner, prefixes: PrefixCache, budget: int):
-        self.runner, self.prefixes, self._budget = runner, prefixes, budget
+        self.runner, self.prefixes = runner, prefixes
         self.cache = runner.new_cache(budget)
         self._encoding: Encoding | None = None
 
     def reset(self) -> None:
         """Forget everything that was under way."""
-        self.cache, self._encoding = self.runner.new_cache(self._budget), None
+        self.cache.reset()
+        self._encoding = None
 
     def shrink(self, rows: list[Sequence]) -> None:
         """Give memory back that nobody needs any more."""

@@ -123,6 +123,11 @@ class SlotCache(Cache):
         """Of each layer, keys and values of the first ``rows``, in all their length."""
         return [keys[:rows] for keys in self._keys], [values[:rows] for values in self._values]
 
+    def reset(self) -> None:
+        """Forget all rows, also after something failed in the middle of a change."""
+        self.version += 1
+        self._allocate(0, 0)
+
     def move(self, source: int, target: int) -> None:
         """Move a row to the place of one that is no longer used."""
         for tensor in [*self._keys, *self._values]:

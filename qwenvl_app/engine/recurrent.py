@@ -61,6 +61,11 @@ class RecurrentCache(SlotCache):
             if len(inputs) != there:
                 self._states[layer] = _resized(inputs, there), _resized(matrices, there)
 
+    def reset(self) -> None:
+        """See ``SlotCache``."""
+        super().reset()
+        self._states = {state.layer: _empty(state) for state in self.layout.states}
+
     def move(self, source: int, target: int) -> None:
         """See ``SlotCache``."""
         super().move(source, target)

@@ -76,8 +76,9 @@ class Sampler:
                     params.presence_penalty, params.frequency_penalty, len(prompt)
                 )
             )
-        # The answer's ids are needed by penalties only.
-        self._ids = torch.tensor([prompt], device=device) if steps else None
+        # The answer's ids are needed by penalties only. On the CPU for now: this is a request's
+        # thread, and copying to a GPU is for the engine's alone.
+        self._ids = torch.tensor([prompt]) if steps else None
         if samples:
             if temperature != 1.0:
                 steps.append(TemperatureLogitsWarper(float(temperature)))
@@ -102,19 +103,24 @@ class Sampler:
         return self._generator is None and not self._steps
 
     def sample(self, logits: torch.Tensor) -> int:
-        """The next token from ``logits`` (vocabulary)."""
+        """The next token from ``logits`` (vocabulary). Raises ValueError if there can be none."""
         scores = logits[None].float()
+        if self._ids is not None:
+            self._ids = self._ids.to(scores.device)
         scores = self._steps(self._ids, scores)
         if self._generator is None:
             token = scores.argmax(-1, keepdim=True)
         else:
+            # What torch.multinomial does, but for its checks, each of which waits for the GPU.
             chances = scores.softmax(-1)
-            if not chances.isfinite().all():  # on a GPU, drawing from them would end the process
-                raise ValueError("the penalties leave no finite probabilities")
-            token = torch.multinomial(chances, 1, generator=self._generator)
+            noise = torch.empty_like(chances).exponential_(generator=self._generator)
+            token = (chances / noise).argmax(-1, keepdim=True)
+            token = torch.where(chances.isfinite().all(), token, -1)
         if self._ids is not None:
             self._ids = torch.cat([self._ids, token], dim=1)
-        return int(token)
+        if (chosen := int(token)) < 0:
+            raise ValueError("the penalties leave no finite probabilities")
+        return chosen
 
 
 def repeats_itself(tokens: list[int], limit: int) -> bool:

@@ -98,7 +98,8 @@ class Tower:
 
     def _measure(self, grids: tuple[Grid, ...]) -> Geometry:
         visual, proj = self.visual, self.visual.patch_embed.proj
-        grid = torch.tensor(grids, device=proj.weight.device)
+        here = torch.tensor(grids)
+        grid = here.to(proj.weight.device)
         places = windows = None
         if hasattr(visual, "pos_embed"):
             indices, weights = get_vision_interpolation_indices_and_weights(
@@ -112,16 +113,16 @@ class Tower:
         ids = get_vision_position_ids(grid, self.merge)
         rotary = visual.rotary_pos_emb(proj.weight, ids)  # of which it takes the device
         if hasattr(visual, "fullatt_block_indexes"):
-            windows = Windows(
-                *get_vision_window_index(
-                    grid,
-                    spatial_merge_size=self.merge,
-                    window_size=visual.window_size,
-                    patch_size=visual.patch_size,
-                )
+            order, lengths = get_vision_window_index(
+                here,
+                spatial_merge_size=self.merge,
+                window_size=visual.window_size,
+                patch_size=visual.patch_size,
             )
+            windows = Windows(order.to(grid.device), lengths)
             rotary = tuple(self._by_windows(part, windows) for part in rotary)
-        return Geometry(places, rotary, windows, *get_vision_attention_seqlens(grid, visual.config))
+        # Lengths stay on the CPU: each layer reads them three times, which waits for a GPU.
+        return Geometry(places, rotary, windows, *get_vision_attention_seqlens(here, visual.config))
 
     def _by_windows(self, patches: torch.Tensor, windows: Windows) -> torch.Tensor:
         merged = patches.view(-1, self.merge**2, patches.shape[-1])

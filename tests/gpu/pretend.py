@@ -1,0 +1,287 @@
+"""GPUs that are not there: real numbers on the CPU, behind tensors that say ``cuda:0``.
+
+What breaks on the first day with a GPU, and never on a CPU, is not arithmetic: a tensor that was
+left on the CPU, a generator of the wrong device, a look at a number that makes the host wait. Here
+every operation is dispatched as torch dispatches it, its arguments are judged as CUDA would judge
+them, and then it is computed on the CPU. What makes the host wait is counted, and so are the bytes
+that live on the devices.
+
+It knows nothing of kernels: which of them there are for which types, how they round, how fast they
+are. torch's ``FakeTensorMode`` knows more of that, but has no numbers, and so no engine can run.
+"""
+
+from __future__ import annotations
+
+import traceback
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from qwenvl_app.engine.engine import Engine
+
+GPU = torch.device("cuda", 0)
+_CPU = torch.device("cpu")
+_aten = torch.ops.aten
+_MOVING = {_aten._to_copy.default, _aten.copy_.default}
+# They may look up a tensor of a GPU by indices of the host.
+_INDEXING = {
+    _aten.index.Tensor,
+    _aten.index_put_.default,
+    _aten.index_put.default,
+    _aten._index_put_impl_.default,
+}
+_LOOKING = {  # the host waits for a number, or for how many there are
+    _aten._local_scalar_dense.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten.equal.default,
+}
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU; ``host`` has its numbers, of which views are views."""
+
+    host: torch.Tensor
+    _gpu: torch.device
+
+    @staticmethod
+    def __new__(cls, host: torch.Tensor, gpu: torch.device) -> OnGpu:
+        with torch.inference_mode(host.is_inference()):
+            made: OnGpu = torch.Tensor._make_wrapper_subclass(
+                cls,
+                host.shape,
+                strides=host.stride(),
+                storage_offset=host.storage_offset(),
+                dtype=host.dtype,
+                # To C++, which can't even slice on a device that it was built without.
+                device=torch.device("meta", gpu.index),
+            )
+        made.host, made._gpu = host, gpu
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return self._gpu
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def __repr__(self) -> str:
+        return f"OnGpu({self._gpu}, {self.host!r})"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is nn.functional.scaled_dot_product_attention:
+                return _attend(*args, **kwargs or {})
+            if func is torch.Tensor.__getitem__ and isinstance(args[1], list):
+                args = args[0], torch.tensor(args[1])  # or it would be one without numbers
+            return func(*args, **kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"{func} on a GPU, outside of the engine's thread")
+
+
+def _attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """One kernel, as on a GPU: torch would take it apart into products for the device "meta"."""
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+    _same(tensors, "scaled_dot_product_attention")
+    hosts = tree_map(_host, (args, kwargs))
+    host = nn.functional.scaled_dot_product_attention(*hosts[0], **hosts[1])
+    return OnGpu(host, args[0].device).detach()  # which is dispatched, and so its memory counted
+
+
+def _same(tensors: list[torch.Tensor], what: str) -> torch.device:
+    """The device of all ``tensors``, but for numbers of the host. Raises as CUDA does."""
+    devices = {t.device for t in tensors if isinstance(t, OnGpu) or t.dim()}
+    if len(devices) > 1:
+        raise RuntimeError(f"{what}: Expected all tensors to be on the same device, got {devices}")
+    return devices.pop()
+
+
+def _host(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return _CPU
+    return value.host if isinstance(value, OnGpu) else value
+
+
+def _meta(value: Any) -> Any:
+    gpu = isinstance(value, torch.device) and value.type == "cuda"
+    return torch.device("meta", value.index or 0) if gpu else value
+
+
+class _Names(TorchFunctionMode):
+    """Says "meta" to C++ for a GPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(_meta, (args, kwargs or {}))
+        if func is torch.tensor and (device := kwargs.pop("device", None)) is not None:
+            return func(*args, **kwargs).to(device)
+        return func(*args, **kwargs)
+
+
+class Gpus(TorchDispatchMode):
+    """What happens on pretended GPUs; see ``pretend``.
+
+    ``waits`` counts, by what and where, whatever makes the host wait for a GPU: looks at numbers,
+    and copies from and to memory that is not pinned. ``allocated`` and ``peak`` are in bytes, of
+    all GPUs together; more than ``total`` there is not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.allocated = self.peak = 0
+        self.total = 2**40
+        self._generators: dict[int, torch.Generator] = {}  # by the address of what is drawn from
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        values = tree_flatten((args, kwargs))[0]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        asked = next((value for value in values if isinstance(value, torch.device)), None)
+        if asked is None and not any(isinstance(tensor, OnGpu) for tensor in tensors):
+            return func(*args, **kwargs)
+        with self:  # in inference mode an operation comes here before it is taken apart
+            if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return result
+        target = self._target(func, args, kwargs, tensors, asked)
+        wrappers = {id(tensor.host): tensor for tensor in tensors if isinstance(tensor, OnGpu)}
+        hosts = tree_map(_host, (args, kwargs))
+        if func is _aten.histc.default:  # of whole numbers a GPU makes one, and a CPU does not
+            result = func(hosts[0][0].float(), *hosts[0][1:], **hosts[1]).to(tensors[0].dtype)
+        else:
+            result = func(*hosts[0], **hosts[1])
+        if target.type == "cpu":
+            return result
+
+        def wrap(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            if (changed := wrappers.get(id(value))) is not None:  # in place
+                return changed
+            self._count(value)
+            return OnGpu(value, target)
+
+        return tree_map(wrap, result)
+
+    def _target(self, func, args, kwargs, tensors, asked) -> torch.device:
+        """Where the result is. Raises what CUDA raises for arguments that it can't take."""
+        if asked is not None:
+            target = torch.device("cuda", asked.index or 0) if asked.type == "meta" else asked
+            if tensors and tensors[0].device != target:
+                self._wait(f"copied to {target.type}")
+            return target
+        if func in _MOVING:
+            if tensors[0].device != tensors[-1].device:
+                self._wait(f"copied to {args[0].device.type}")
+            return args[0].device
+        if func in _LOOKING:
+            self._wait(f"looked at by {func}")
+        if func in _INDEXING:
+            for index in args[1]:
+                if index is not None and index.device.type == "cpu":
+                    self._wait("indices copied to cuda")
+                elif index is not None and index.dtype is torch.bool:
+                    self._wait("looked at: how many a mask has")
+            ours = {id(index) for index in args[1] if index is not None and index.device == _CPU}
+            tensors = [tensor for tensor in tensors if id(tensor) not in ours]
+        generator = kwargs.get("generator")
+        if generator is not None and generator._cdata not in self._generators:
+            raise RuntimeError(f"{func}: Expected a 'cuda' device type for generator")
+        return _same(tensors, str(func))
+
+    def _wait(self, what: str) -> None:
+        for frame in reversed(traceback.extract_stack()):
+            for package in ("/qwenvl_app/", "/transformers/"):
+                if package in frame.filename:
+                    file = frame.filename.rpartition("/")[2]
+                    self.waits[f"{what} ({file}: {frame.name}: {frame.line})"] += 1
+                    return
+        self.waits[what] += 1
+
+    def _count(self, host: torch.Tensor) -> None:
+        """The memory of a tensor that was made, for as long as it lives."""
+        storage = host.untyped_storage()
+        if (key := storage._cdata) in self._known:
+            return
+        if self.allocated + (size := storage.nbytes()) > self.total:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
+        self._known.add(key)
+        self.allocated += size
+        self.peak = max(self.peak, self.allocated)
+
+        def freed() -> None:
+            self._known.discard(key)
+            self.allocated -= size
+
+        weakref.finalize(storage, freed)
+
+    def restart(self) -> None:
+        """The peak is what is allocated now."""
+        self.peak = self.allocated
+
+    @contextmanager
+    def limit(self, room: int) -> Iterator[None]:
+        """Within the block, so many bytes are left."""
+        before, self.total = self.total, self.allocated + room
+        yield
+        self.total = before
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Within the block, this thread has the GPUs. On any other, using them is an error."""
+        with self, _Names():
+            yield
+
+    def move(self, module: nn.Module, gpu: torch.device = GPU) -> None:
+        """All of ``module`` to ``gpu``. On a thread that is ``here``."""
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    moved = OnGpu(parameter.data, gpu)
+                    part._parameters[name] = nn.Parameter(moved, requires_grad=False)
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = OnGpu(buffer, gpu)
+
+    def _generator(self, device: Any = _CPU) -> torch.Generator:
+        made = _Generator()
+        if torch.device(device).type == "cuda":
+            self._generators[made._cdata] = made
+        return made
+
+
+_Generator = torch.Generator
+
+
+@contextmanager
+def pretend() -> Iterator[Gpus]:
+    """Within the block, engines' threads have GPUs, and those of requests have not."""
+    gpus, run = Gpus(), Engine._run
+
+    def here(engine: Engine) -> None:
+        with gpus.here():
+            run(engine)
+
+    with (
+        patch("torch.Generator", gpus._generator),
+        patch("torch.cuda.get_device_capability", lambda _device=None: (7, 5)),
+        patch.object(Engine, "_run", here),
+    ):
+        yield gpus

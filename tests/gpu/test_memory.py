@@ -1,0 +1,208 @@
+"""What is predicted of a GPU's memory against what torch allocates there.
+
+Without a GPU one is pretended, which counts the bytes of all tensors that live on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+import torch
+from PIL import Image
+
+from qwenvl_app.engine.engine import Engine
+from qwenvl_app.engine.kv_cache import SlotCache
+from qwenvl_app.engine.model import LoadedModel, Runner, prepare
+from qwenvl_app.errors import Unavailable
+from qwenvl_app.loading import footprint
+from qwenvl_app.loading.load import load
+from tests import real_shape
+from tests.engines import OPTIONS, finish, request
+from tests.gpu.conftest import Tell
+from tests.gpu.pretend import pretend
+
+
+class Meter(Protocol):
+    """Of a device's memory, in bytes."""
+
+    @property
+    def allocated(self) -> int: ...
+
+    @property
+    def peak(self) -> int: ...
+
+    def restart(self) -> None:
+        """The peak is what is allocated now."""
+
+    def limit(self, room: int) -> AbstractContextManager[None]:
+        """Within the block, so many bytes are left."""
+
+    def here(self) -> AbstractContextManager[None]:
+        """Within the block, this thread may use the device."""
+
+
+class Cuda:
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    @property
+    def allocated(self) -> int:
+        gc.collect()
+        return torch.cuda.memory_allocated(self._device)
+
+    @property
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def restart(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    @contextmanager
+    def limit(self, room: int) -> Iterator[None]:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        held = torch.cuda.memory_reserved(self._device)
+        torch.cuda.set_per_process_memory_fraction((held + room) / total, self._device)
+        yield
+        torch.cuda.set_per_process_memory_fraction(1.0, self._device)
+
+    def here(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@dataclasses.dataclass
+class Measured:
+    loaded: LoadedModel
+    runner: Runner
+    meter: Meter
+    directory: Path
+    weights: int
+
+    def predicted(self, pixels: int) -> footprint.Footprint:
+        return footprint.measure(self.directory, "auto", pixels)
+
+
+@pytest.fixture(scope="module")
+def measured(device, tmp_path_factory) -> Iterator[Measured]:
+    """A vision tower of the real width, and on a GPU all else too."""
+    width = 4096 if device.type == "cuda" else 128
+    folder = tmp_path_factory.mktemp("memory") / "shape"
+    try:
+        directory = real_shape.make(folder, width=width, depth=3, tower=4096)
+    except OSError as error:
+        pytest.skip(str(error))
+    if device.type == "cuda":
+        cuda = Cuda(device)
+        before = cuda.allocated
+        loaded = load(str(directory), device="cuda")
+        weights = cuda.allocated - before
+        yield Measured(loaded, Runner(loaded.model), cuda, directory, weights)
+        return
+    loaded = load(str(directory), device="cpu")
+    with pretend() as gpus:
+        with gpus.here():
+            gpus.move(loaded.model)
+            weights = gpus.allocated
+            runner = Runner(loaded.model)
+        yield Measured(loaded, runner, gpus, directory, weights)
+
+
+def test_weights(measured, tell: Tell):
+    predicted = measured.predicted(2**20).weights
+    tell(f"{measured.weights / 2**20:.0f} MiB, predicted {predicted / 2**20:.0f}")
+    assert measured.weights == pytest.approx(predicted, rel=0.02)
+
+
+def test_the_kv_cache(measured, tell: Tell):
+    """All of it, and while it grows one layer's keys once more."""
+    meter, need = measured.meter, measured.predicted(2**20)
+    layout = measured.runner.layout
+    assert need.kv_token == layout.token_bytes
+    with meter.here(), torch.inference_mode():
+        before = meter.allocated
+        cache = SlotCache(layout)
+        cache.fit(4, 1000)
+        assert cache.bytes == 4 * 1024 * need.kv_token
+        assert meter.allocated - before == pytest.approx(cache.bytes, rel=0.02)
+        meter.restart()
+        cache.fit(4, 2000)
+        grown = cache.bytes
+        tell(f"{(meter.peak - before) / 2**20:.1f} MiB while growing to {grown / 2**20:.1f}")
+        assert meter.peak - before <= grown * (1 + 1 / len(layout.devices))
+        cache.fit(0, 0)
+        assert meter.allocated == before
+
+
+class Job:
+    """As much of a sequence as the runner looks at."""
+
+    def __init__(self, loaded: LoadedModel, image: Image.Image):
+        self.inputs = prepare(loaded, image, "x" * 100)
+        self.inputs.pixels = loaded.patcher.patches(image)
+        self.patches = math.prod(self.inputs.grid)
+        self.features = None
+        self.computed = 0
+
+
+def test_the_vision_tower(measured, tell: Tell):
+    """From the pixels to what the language model takes."""
+    meter, runner = measured.meter, measured.runner
+    job = Job(measured.loaded, Image.effect_noise((1024, 512), 90).convert("RGB"))
+    with meter.here(), torch.inference_mode():
+        runner.encode([job]).advance(0, runner.depth)  # whatever is made at the first time
+        before = meter.allocated
+        meter.restart()
+        features = runner.encode([job]).advance(0, runner.depth)
+    taken = meter.peak - before
+    predicted = measured.predicted(1024 * 512).vision
+    each, expected = (size / job.patches / 1024 for size in (taken, predicted))
+    tell(f"{each:.1f} KiB a patch, predicted {expected:.1f}")
+    assert features
+    assert predicted / 1.35 <= taken <= predicted
+
+
+def test_no_memory_for_one_picture(measured, caplog, tell: Tell):
+    """It gets 503; what was made for it is given back, and the next answer is what it was."""
+    caplog.set_level("CRITICAL")  # a record would hold the traceback, and that the tensors
+    meter = measured.meter
+    small = request(Image.new("RGB", (256, 256), "red"), max_new_tokens=8, temperature=0)
+    large = request(Image.effect_noise((1024, 512), 90).convert("RGB"), max_new_tokens=1)
+    with meter.here():
+        engine = Engine(measured.loaded, OPTIONS)
+    try:
+        expected = engine.submit(small)
+        finish(expected)
+        meter.restart()
+        before = settled(engine, meter)
+        finish(engine.submit(large))
+        taken = meter.peak - before
+        tell(f"the large picture took {taken / 2**20:.1f} MiB")
+        for share in (0.1, 0.4, 0.7):  # it fails at another place each time
+            settled(engine, meter)
+            with meter.limit(int(share * taken)), pytest.raises(Unavailable) as refusal:
+                list(engine.submit(large))
+            assert refusal.value.reason == "memory"
+            assert settled(engine, meter) <= before + 2**20
+            again = engine.submit(small)
+            finish(again)
+            assert again.tokens == expected.tokens
+        assert engine.failure is None
+    finally:
+        engine.close()
+
+
+def settled(engine: Engine, meter: Meter) -> int:
+    """What is allocated once the engine has nothing to do, and has given back what it may."""
+    deadline = time.monotonic() + 20
+    while engine.running or engine.step_began is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return meter.allocated
