@@ -99,7 +99,7 @@ class ClientGone(ServiceError):
         super().__init__("Client Closed Request")
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` is about memory.
 
     torch, which is not known here, has a class of its own for that; but on a CPU it comes as a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -45,6 +46,8 @@ class EngineOptions:
     kv_cache_bytes: int
     prefix_cache_bytes: int
     prefill_chunk: int  # prompt tokens a step
+    # Of kv_cache_bytes, by a patch in the vision tower, and from there until it is prefilled.
+    patch_bytes: tuple[int, int] = (0, 0)
 
 
 class Engine:
@@ -56,7 +59,8 @@ class Engine:
     def __init__(self, loaded: LoadedModel, options: EngineOptions):
         self._loaded, self._options = loaded, options
         self._runner = Runner(loaded.model)
-        self._budget = options.kv_cache_bytes // self._runner.layout.token_bytes
+        token = self._runner.layout.token_bytes
+        self._budget = options.kv_cache_bytes // token
         if self._budget < _LEAST_TOKENS:
             raise ModelLoadError(
                 f"the KV cache has room for {self._budget} tokens only: free memory, or set "
@@ -68,6 +72,7 @@ class Engine:
             options.prefill_chunk,
             options.prefill_chunk * self._runner.merge**2,
             self._runner.depth,
+            (options.patch_bytes[0] / token, options.patch_bytes[1] / token),
         )
         self.prefixes = PrefixCache(options.prefix_cache_bytes)
         self._executor = Executor(self._runner, self.prefixes)
@@ -81,11 +86,6 @@ class Engine:
         self.failure: Status | None = None  # once nothing works any more
         self.steps = 0
         self.step_began: float | None = None  # time.monotonic(), while a step is running
-        log.info(
-            "KV cache: %d bytes a token, room for %d tokens",
-            self._runner.layout.token_bytes,
-            self._budget,
-        )
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -159,11 +159,11 @@ class Engine:
     def _prepare(self, request: GenerationRequest, arrived: float) -> Sequence:
         loaded, sampling = self._loaded, request.sampling
         inputs = prepare(loaded, request.image, request.prompt)
-        longest = min(self._runner.max_length, self._budget)
+        longest = min(self._runner.max_length, self._scheduler.room(math.prod(inputs.grid)))
         room = longest - len(inputs.ids)
         if room < 1:
             raise TooLarge(
-                f"图片和提示词共 {len(inputs.ids)} 个 token，超过 {longest - 1} 个的限制。"
+                f"图片和提示词共 {len(inputs.ids)} 个 token，超过 {max(0, longest - 1)} 个的限制。"
             )
         prefix = None
         if inputs.image_tokens.stop * self._runner.layout.token_bytes <= self.prefixes.budget:

@@ -14,7 +14,7 @@ from typing import Any
 
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading import weights
-from qwenvl_app.loading.files import read_json, readable, refuse_pointer
+from qwenvl_app.loading.files import image_settings, read_json, readable, refuse_pointer
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ def check(directory: Path) -> str:
     if "config.json" not in names:
         weights.refuse_gguf(names)
     _check_config(read_json(directory, "config.json"))
-    for file in ("preprocessor_config.json", "tokenizer_config.json"):
-        read_json(directory, file)
+    image_settings(directory)
+    read_json(directory, "tokenizer_config.json")
     if "generation_config.json" in names:
         read_json(directory, "generation_config.json")
     if "tokenizer.json" in names:

@@ -22,13 +22,15 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     attention: str = "auto",
+    max_memory: dict[int | str, int] | None = None,
     say: Callable[[str], None] = lambda _message: None,
 ) -> LoadedModel:
     """Load ``name``: ``demo``, a directory, or a ModelScope id. Takes seconds to minutes.
 
     By default as the service being replaced: ``dtype="auto"``, ``device_map="auto"`` through
-    accelerate, and the checkpoint's own ``generation_config``. ``say`` is told, often, how far it
-    is. Raises ModelLoadError.
+    accelerate, and the checkpoint's own ``generation_config``. ``max_memory``: bytes of weights on
+    each device, of which there may be several. ``say`` is told, often, how far it is. Raises
+    ModelLoadError.
     """
     say("looking for the checkpoint")
     directory = find(name)
@@ -41,6 +43,7 @@ def load(
             directory,
             dtype=dtype,
             device_map=device,
+            max_memory=max_memory,
             attn_implementation=None if attention == "auto" else attention,
             use_safetensors=True,
             local_files_only=True,
