@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from qwenvl_app.engine import cpu
 from qwenvl_app.loading.load import load
@@ -70,3 +71,24 @@ def test_packed_tokens_are_those_of_generate_on_the_plain_model(monkeypatch):
     verdicts = [agrees(sequence, solo) for sequence, solo in pairs]
     assert False not in verdicts
     assert verdicts.count(None) <= 1
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "silu"])
+def test_an_activation_is_applied_with_the_product_and_once(activation):
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear_fc1, self.linear_fc2 = nn.Linear(512, 768), nn.Linear(768, 512)
+            self.act_fn = nn.GELU() if activation == "gelu" else ACT2FN[activation]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear_fc2(self.act_fn(self.linear_fc1(x)))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Mlp())
+    plain = copy.deepcopy(model)
+    cpu.pack(model)
+    assert isinstance(model[0].act_fn, nn.Identity)
+    x = torch.randn(3, 512)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), plain(x), atol=1e-4, rtol=1e-5)

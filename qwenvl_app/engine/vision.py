@@ -17,14 +17,13 @@ from transformers.vision_utils import (
 from qwenvl_app.engine.pixels import Grid
 from qwenvl_app.engine.sequence import Features, Sequence
 
-_SMALL = 4096  # patches in all: what is kept for later is at most a few MB each
+_SMALL = 1024  # patches in all: what is kept for later is at most a few MB each
 
 
 class Geometry(NamedTuple):
     """All that the tower needs to know of the shapes of some pictures, whatever is in them."""
 
-    indices: torch.Tensor  # (patches, 4): where the learned positions are interpolated from
-    weights: torch.Tensor  # (patches, 4)
+    places: torch.Tensor  # (patches, hidden): the learned positions, interpolated
     rotary: tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (patches, head_dim)
     lengths: torch.Tensor  # (pictures + 1): where each begins
     longest: int | None
@@ -35,6 +34,11 @@ class Tower:
 
     def __init__(self, visual: Any):
         self.visual, self.merge = visual, visual.spatial_merge_size
+        # patch_embed's convolution, whose kernel is its stride: a product, and several times faster
+        # as one, on a CPU and on some GPUs (pytorch #174051). A picture's frames are all alike, so
+        # the kernel's parts for them can be added up beforehand.
+        kernel = visual.patch_embed.proj.weight
+        self._kernel = kernel.detach().float().sum(2).flatten(1).to(kernel.dtype)
         # Many pictures have one of few shapes, and for small ones this is a sixth of the work.
         self._known = lru_cache(maxsize=16)(self._measure)
 
@@ -45,14 +49,9 @@ class Tower:
 
     def embed(self, pixels: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """Pixels as ``Patcher`` makes them to what the first layer takes (patches, hidden)."""
-        # patch_embed's convolution, whose kernel is its stride: a product, and several times faster
-        # as one, on a CPU and on some GPUs (pytorch #174051).
-        proj = self.visual.patch_embed.proj
-        pixels = pixels.to(device=proj.weight.device, dtype=proj.weight.dtype)
-        frames = pixels[:, :, None].expand(-1, -1, proj.weight.shape[2], -1, -1)
-        hidden = F.linear(frames.flatten(1), proj.weight.flatten(1), proj.bias)
-        places = (self.visual.pos_embed(geometry.indices) * geometry.weights[:, :, None]).sum(1)
-        hidden += places.to(hidden.dtype)
+        pixels = pixels.to(device=self._kernel.device, dtype=self._kernel.dtype)
+        hidden = F.linear(pixels.flatten(1), self._kernel, self.visual.patch_embed.proj.bias)
+        hidden += geometry.places
         return hidden
 
     def _measure(self, grids: tuple[Grid, ...]) -> Geometry:
@@ -67,9 +66,8 @@ class Tower:
         )
         ids = get_vision_position_ids(grid, self.merge)
         rotary = visual.rotary_pos_emb(proj.weight, ids)  # of which it takes the device
-        return Geometry(
-            indices, weights, rotary, *get_vision_attention_seqlens(grid, visual.config)
-        )
+        places = (visual.pos_embed(indices) * weights[:, :, None]).sum(1).to(proj.weight.dtype)
+        return Geometry(places, rotary, *get_vision_attention_seqlens(grid, visual.config))
 
 
 class Encoding:
