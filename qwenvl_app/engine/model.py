@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
+from qwenvl_app.engine.memory import place
 from qwenvl_app.engine.pixels import Patcher
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
 from qwenvl_app.engine.vision import Encoding, Tower
@@ -84,25 +85,24 @@ class Runner:
             heads,
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             self._text.embed_tokens.weight.dtype,
-            tuple(layer.input_layernorm.weight.device for layer in self._text.layers),
+            tuple(place(layer.input_layernorm) for layer in self._text.layers),
         )
-        if any(device.type == "meta" for device in self.layout.devices):
+        if self._tower.visual.patch_embed.proj.weight.device.type == "meta":
             raise ModelLoadError(
-                "the model does not fit the device: some of its layers were left in the machine's "
-                "memory or on disk; use a smaller or a quantised checkpoint"
+                "the device has no room even for the vision tower: use a smaller or a quantised "
+                "checkpoint"
             )
         # The eager attention adds its mask; all others take True and False.
         self._adds_mask = self._text.config._attn_implementation == "eager"
         self.max_length: int = config.max_position_embeddings
         self.depth = len(self._tower.visual.blocks)
         self.merge: int = self._tower.merge
-        self._device = self._text.embed_tokens.weight.device
+        self._device = place(self._text.embed_tokens)
 
     @property
     def device(self) -> torch.device:
         """Where logits are."""
-        device: torch.device = self._model.lm_head.weight.device
-        return device
+        return place(self._model.lm_head)
 
     def encode(self, sequences: list[Sequence]) -> Encoding:
         """Begin the vision tower's work on the pictures of ``sequences``."""

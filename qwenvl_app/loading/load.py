@@ -57,6 +57,19 @@ def load(
         )
     if missing := sorted(report["missing_keys"]):  # they would be filled with random numbers
         raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
+    _tell_offload(getattr(model, "hf_device_map", {}))
     if model.generation_config.eos_token_id is None:
         raise ModelLoadError("generation_config.json has no eos_token_id: no answer would ever end")
     return LoadedModel(model.eval(), *processing.load(directory, model.config, template))
+
+
+def _tell_offload(places: dict[str, Any]) -> None:
+    """Warn of what accelerate found no room for; ``places``: of each part, its device."""
+    parts = list(places.values())
+    on_gpus = [part for part in parts if part not in ("cpu", "disk")]
+    outside = len(parts) - len(on_gpus) if on_gpus else parts.count("disk")
+    if outside:
+        log.warning(
+            "%d parts of the model are outside the device, and are fetched in every step: it is slow",
+            outside,
+        )
