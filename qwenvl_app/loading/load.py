@@ -70,6 +70,6 @@ def _tell_offload(places: dict[str, Any]) -> None:
     outside = len(parts) - len(on_gpus) if on_gpus else parts.count("disk")
     if outside:
         log.warning(
-            "%d parts of the model are outside the device, and are fetched in every step: it is slow",
+            "%d parts of the model are outside the device, and are fetched in every step",
             outside,
         )
