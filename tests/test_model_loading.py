@@ -196,11 +196,12 @@ BROKEN = {
     "gptq": (
         rewrite("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
         "the weights are quantised with gptq, which needs another package: "
-        "pip install gptqmodel optimum",
+        "pip install gptqmodel optimum; or take the checkpoint that is not quantised",
     ),
     "awq": (
         rewrite("config.json", quantization_config={"quant_method": "awq", "bits": 4}),
-        "the weights are quantised with awq, which needs another package: pip install gptqmodel",
+        "the weights are quantised with awq, which needs another package: pip install gptqmodel; "
+        "or take the checkpoint that is not quantised",
     ),
     "an unknown quantisation": (
         rewrite("config.json", quantization_config={"quant_method": "mystery"}),

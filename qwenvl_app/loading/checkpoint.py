@@ -22,7 +22,7 @@ DEMO = Path(__file__).resolve().parent.parent / "demo_model"
 MODEL_TYPE = "qwen3_vl"
 _MODELSCOPE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DTYPES = ("float32", "bfloat16", "float16")
-# What transformers needs for quantised weights, and how pip calls it. Nothing more for fp8.
+# What transformers can't do without for quantised weights, and how pip calls it: docs/models.md.
 _QUANTISED = {
     "awq": {"gptqmodel": "gptqmodel"},
     "gptq": {"gptqmodel": "gptqmodel", "optimum": "optimum"},
@@ -129,7 +129,7 @@ def _check_quantisation(config: Any) -> None:
     if missing := [packages[name] for name in packages if importlib.util.find_spec(name) is None]:
         raise ModelLoadError(
             f"the weights are quantised with {method}, which needs another package: "
-            f"pip install {' '.join(missing)}"
+            f"pip install {' '.join(missing)}; or take the checkpoint that is not quantised"
         )
 
 

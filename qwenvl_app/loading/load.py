@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading import processing, progress
 from qwenvl_app.loading.checkpoint import check, find
+from qwenvl_app.loading.devices import keeps_fp8
+from qwenvl_app.loading.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ def load(
     with progress.told(say):
         model, report = family.from_pretrained(
             directory,
+            config=_config(directory, device),
             dtype=dtype,
             device_map=device,
             max_memory=max_memory,
@@ -61,6 +65,23 @@ def load(
     if model.generation_config.eos_token_id is None:
         raise ModelLoadError("generation_config.json has no eos_token_id: no answer would ever end")
     return LoadedModel(model.eval(), *processing.load(directory, model.config, template))
+
+
+def _config(directory: Path, device: str) -> Any:
+    """config.json, if it has to be changed: quantised weights that no product is there for.
+
+    compressed-tensors would take them apart in the first call of the whole model, which never comes
+    here: its parts are called.
+    """
+    method = (read_json(directory, "config.json").get("quantization_config") or {}).get(
+        "quant_method"
+    )
+    if method != "compressed-tensors" and (method != "fp8" or keeps_fp8(device)):
+        return None
+    log.warning("%s weights are loaded as they were before they were quantised", method)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config.quantization_config["dequantize"] = True
+    return config
 
 
 def _tell_offload(places: dict[str, Any]) -> None:
