@@ -18,6 +18,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading import devices
 from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.loading.load import load
@@ -89,12 +90,8 @@ CHECKPOINTS: dict[str, tuple[Quantise, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_it_answers_and_takes_what_was_foreseen(tmp_path: Path, name: str):
-    """compressed-tensors failed at the first question: it takes its weights apart in the first call
-    of the whole model, of which the engine calls the parts.
-    """
-    quantise, config = CHECKPOINTS[name]
+def write(tmp_path: Path, quantise: Quantise, config: dict[str, Any]) -> Path:
+    """The embedded model, quantised in its language model's layers."""
     directory = Path(shutil.copytree(DEMO, tmp_path / "model"))
     tensors: dict[str, torch.Tensor] = {}
     for key, weight in load_file(DEMO / "model.safetensors").items():
@@ -103,7 +100,15 @@ def test_it_answers_and_takes_what_was_foreseen(tmp_path: Path, name: str):
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    return directory
 
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_it_answers_and_takes_what_was_foreseen(tmp_path: Path, name: str):
+    """compressed-tensors failed at the first question: it takes its weights apart in the first call
+    of the whole model, of which the engine calls the parts.
+    """
+    directory = write(tmp_path, *CHECKPOINTS[name])
     loaded = load(str(directory), device="cpu")
     circle = Image.open(io.BytesIO(picture("circle", "blue", (128, 128)))).convert("RGB")
     with running(loaded) as engine:
@@ -111,3 +116,16 @@ def test_it_answers_and_takes_what_was_foreseen(tmp_path: Path, name: str):
     need = devices.measure(directory, load_settings({}, device="cpu"))
     taken = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     assert taken <= need.weights < 1.05 * taken  # the scales, which are not kept
+
+
+def test_what_its_own_library_refuses_is_told(tmp_path: Path, caplog):
+    """It was "an unexpected error while loading"."""
+    quantise, config = CHECKPOINTS["compressed-tensors, fp8"]
+    directory = write(tmp_path, quantise, config | {"config_groups": {"group_0": {"weights": 7}}})
+    with pytest.raises(ModelLoadError) as error:
+        load(str(directory), device="cpu")
+    assert str(error.value) == (
+        "weights that are quantised with compressed-tensors can't be loaded here, the log has why: "
+        "take the checkpoint that is not quantised"
+    )
+    assert "Traceback" in caplog.text

@@ -52,7 +52,7 @@ def measure(directory: Path, settings: Settings) -> Footprint:
             eager=settings.attention == "eager",
             expands_fp8=not keeps_fp8(settings.device),
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelLoadError(
             f"config.json or preprocessor_config.json lacks what is needed ({error}); copy or "
             "download them again"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
 from qwenvl_app.engine.model import LoadedModel
-from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.errors import ModelLoadError, is_out_of_memory
 from qwenvl_app.loading import processing, progress
 from qwenvl_app.loading.checkpoint import check, find
 from qwenvl_app.loading.devices import keeps_fp8
@@ -41,7 +42,7 @@ def load(
     template = check(directory)
     # Typed as Any: transformers' own annotations don't know the report.
     family: Any = Qwen3VLForConditionalGeneration
-    with progress.told(say):
+    with progress.told(say), _quantisation_told(directory):
         model, report = family.from_pretrained(
             directory,
             config=_config(directory, device),
@@ -67,15 +68,35 @@ def load(
     return LoadedModel(model.eval(), *processing.load(directory, model.config, template))
 
 
+def _quantised(directory: Path) -> str | None:
+    config = read_json(directory, "config.json").get("quantization_config") or {}
+    method: str | None = config.get("quant_method")
+    return method
+
+
+@contextmanager
+def _quantisation_told(directory: Path) -> Iterator[None]:
+    """What a quantised checkpoint's own libraries raise is of many classes, and for the log."""
+    try:
+        yield
+    except (ImportError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        method = _quantised(directory)
+        if method is None or is_out_of_memory(error):
+            raise
+        log.exception("the quantised weights can't be loaded")
+        raise ModelLoadError(
+            f"weights that are quantised with {method} can't be loaded here, the log has why: take "
+            "the checkpoint that is not quantised"
+        ) from None
+
+
 def _config(directory: Path, device: str) -> Any:
     """config.json, if it has to be changed: quantised weights that no product is there for.
 
     compressed-tensors would take them apart in the first call of the whole model, which never comes
     here: its parts are called.
     """
-    method = (read_json(directory, "config.json").get("quantization_config") or {}).get(
-        "quant_method"
-    )
+    method = _quantised(directory)
     if method != "compressed-tensors" and (method != "fp8" or keeps_fp8(device)):
         return None
     log.warning("%s weights are loaded as they were before they were quantised", method)
