@@ -86,11 +86,15 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read (the picture's included), how many of them were cached, and tokens written."""
+    """Tokens read (the picture's included), how many of them were cached, and tokens written.
+
+    ``reasoning_tokens`` are those of the written ones that are not part of the answer's text.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True)

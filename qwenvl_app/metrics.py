@@ -42,6 +42,7 @@ REASONS = {
     "client_gone": 499,
     "deadline": 504,
     "model_failed": 500,
+    "no_answer": 500,
     "internal": 500,
 }
 

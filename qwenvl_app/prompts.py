@@ -19,6 +19,18 @@ _TEXT = "\x00text\x00"
 
 
 @dataclass(frozen=True)
+class Reasoning:
+    """The tokens around a model's reasoning, and whether the prompt itself opens it.
+
+    The templates of Thinking variants do: then the answer begins within the reasoning.
+    """
+
+    begin: int
+    end: int
+    begun: bool
+
+
+@dataclass(frozen=True)
 class Prompt:
     """Token ids, and for each its kind: 1 where the picture's features go, else 0."""
 
@@ -27,7 +39,7 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Builds prompts; may be called on any thread.
+    """Builds prompts; may be called on any thread. ``reasoning`` is None if the tokenizer has none.
 
     Takes two tokenizer objects: a fast tokenizer keeps ``split_special_tokens`` as state on the
     shared object, and threads that mixed both values got wrong encodings (vllm #40949). So each
@@ -55,6 +67,12 @@ class PromptBuilder:
         self._closing = control_tokenizer.encode(closing, add_special_tokens=False)
         self._turn = control_tokenizer.encode(after, add_special_tokens=False)
         self._image = control_tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        vocabulary = control_tokenizer.get_vocab()
+        begin, end = (vocabulary.get(mark) for mark in ("<think>", "</think>"))
+        self.reasoning: Reasoning | None = None
+        if begin is not None and end is not None:
+            marks = [token for token in self._turn if token in (begin, end)]
+            self.reasoning = Reasoning(begin, end, begun=marks[-1:] == [begin])
         self._text_tokenizer = text_tokenizer
         self._merged = merge_size**2
 

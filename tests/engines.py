@@ -15,7 +15,6 @@ from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
 from qwenvl_app.engine.engine import Engine, EngineOptions
-from qwenvl_app.engine.kv_cache import FLOOR
 from qwenvl_app.engine.model import LoadedModel, prepare
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.generation import GenerationRequest, SamplingParams
@@ -40,7 +39,8 @@ def running(loaded: LoadedModel, **options: int) -> Iterator[Engine]:
 def until_idle(engine: Engine) -> None:
     """All slots are free, and so is the memory."""
     deadline = time.monotonic() + 20
-    floor = FLOOR * engine._executor.cache.layout.token_bytes
+    cache = engine._executor.cache
+    floor = cache._floor * cache.layout.token_bytes
     while engine.running or engine.waiting or engine.cache_bytes > floor:
         assert time.monotonic() < deadline, (engine.running, engine.waiting, engine.cache_bytes)
         time.sleep(0.002)
@@ -139,6 +139,13 @@ def agrees(sequence: Sequence, solo: Solo) -> bool | None:
     pairs = enumerate(zip(sequence.tokens, solo.tokens, strict=False))
     first = next((at for at, (ours, theirs) in pairs if ours != theirs), None)
     return None if first is not None and solo.margins[first] < CLOSE else False
+
+
+def judge(pairs: list[tuple[Sequence, Solo]]) -> None:
+    verdicts = [agrees(sequence, solo) for sequence, solo in pairs]
+    ties = verdicts.count(None)
+    assert verdicts.count(False) == 0, f"{verdicts.count(False)} differ, {ties} tie"
+    assert ties <= len(verdicts) // 16, f"{ties} ties"
 
 
 def finish(sequence: Sequence) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import threading
 import time
@@ -12,18 +11,16 @@ import torch
 from PIL import Image
 
 from demo.scenes import draw
-from qwenvl_app.engine.model import LoadedModel, mrope_positions, prepare
-from qwenvl_app.engine.sequence import Sequence
-from qwenvl_app.engine.vision import Encoding, Tower
+from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.vision import Encoding
 from qwenvl_app.errors import DeadlineExceeded, InternalError, TooLarge, Unavailable
 from qwenvl_app.generation import FinishReason, GenerationRequest, Phase
 from qwenvl_app.loading.load import load
 from tests.engines import (
     Solo,
-    agrees,
     finish,
     generate,
-    inputs_of,
+    judge,
     random_image,
     random_request,
     request,
@@ -51,13 +48,6 @@ def asked(wild) -> list[Asked]:
     rng = random.Random(64)
     requests = [random_request(rng) for _ in range(64)]
     return [(each, generate(wild, each)) for each in requests]
-
-
-def judge(pairs: list[tuple[Sequence, Solo]]) -> None:
-    verdicts = [agrees(sequence, solo) for sequence, solo in pairs]
-    ties = verdicts.count(None)
-    assert verdicts.count(False) == 0, f"{verdicts.count(False)} differ, {ties} tie"
-    assert ties <= len(verdicts) // 16, f"{ties} ties"
 
 
 @pytest.mark.parametrize(
@@ -112,54 +102,6 @@ def test_the_demo_model_with_all_its_ends(demo):
         for sequence, _ in pairs:
             assert list(sequence)[-1].finish_reason is FinishReason.STOP
     judge(pairs)
-
-
-def test_positions_are_those_of_transformers(wild):
-    rng = random.Random(5)
-    for _ in range(20):
-        each = random_request(rng)
-        inputs = inputs_of(wild, each)
-        theirs, delta = wild.model.model.get_rope_index(
-            inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
-        )
-        ours = prepare(wild, each.image, each.prompt)
-        assert torch.equal(ours.positions, theirs[:, 0])
-        # The answer's first token goes on from there.
-        assert ours.positions[0, -1] + 1 == len(ours.ids) + delta.item()
-        assert list(ours.grid) == inputs["image_grid_thw"][0].tolist()
-        assert len(wild.patcher.patches(each.image)) == math.prod(ours.grid)
-    assert mrope_positions(9, range(2, 6), (1, 4, 4), 2).tolist()[1] == [0, 1, 2, 2, 3, 3, 4, 5, 6]
-
-
-def test_the_vision_tower_in_pieces_is_the_vision_tower(wild):
-    rng = random.Random(6)
-
-    class Job:
-        def __init__(self, image):
-            resized = wild.patcher.resized(image)
-            self.pixels = wild.image_processor(images=[resized], return_tensors="pt").pixel_values
-            self.inputs = prepare(wild, image, "x")
-            self.inputs.pixels = wild.patcher.patches(image)
-            self.patches = len(self.inputs.pixels)
-
-    jobs = [Job(random_image(rng)) for _ in range(3)]
-    visual = wild.model.model.visual
-    with torch.inference_mode():
-        whole = visual(
-            torch.cat([job.pixels for job in jobs]),
-            grid_thw=torch.tensor([job.inputs.grid for job in jobs]),
-        )
-        encoding = Encoding(Tower(visual), jobs)
-        assert encoding.advance(0, 1) is None
-        assert encoding.advance(1, 3) is None
-        features = encoding.advance(3, 4)
-    # The first layer's convolution is done as a product here, which rounds otherwise.
-    near = {"atol": 1e-4, "rtol": 1e-5}
-    torch.testing.assert_close(torch.cat([f.embeds for f in features]), whole.pooler_output, **near)
-    for number, layer in enumerate(whole.deepstack_features):
-        torch.testing.assert_close(
-            torch.cat([f.deepstack[number] for f in features]), layer, **near
-        )
 
 
 def test_nothing_of_a_request_stays_on_the_model(wild, asked):

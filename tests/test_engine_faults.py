@@ -14,12 +14,14 @@ from qwenvl_app.engine import engine as engines
 from qwenvl_app.engine.executor import Executor
 from qwenvl_app.engine.kv_cache import SlotCache
 from qwenvl_app.engine.model import Runner
+from qwenvl_app.engine.recurrent import RecurrentCache
 from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import Encoding
 from qwenvl_app.errors import DeadlineExceeded, InternalError, Unavailable
 from qwenvl_app.generation import FinishReason
 from qwenvl_app.loading.load import load
+from tests import families
 from tests.engines import agrees, finish, generate, random_request, running, spread, until_idle
 
 FAULTS = [
@@ -34,6 +36,8 @@ FAULTS = [
     (SlotCache, "move"),
     (SlotCache, "save"),
     (SlotCache, "restore"),
+    (RecurrentCache, "kept"),
+    (RecurrentCache, "update_recurrent_state"),
     (Executor, "restore_prefixes"),
     (Sequence, "append"),
 ]
@@ -44,8 +48,16 @@ def wild():
     return spread(load("demo"))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_fuzz(wild, monkeypatch, caplog, seed: int):
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory):
+    return families.wild(tmp_path_factory.mktemp("family") / "qwen3_5", "qwen3_5")
+
+
+@pytest.mark.parametrize(
+    ("model", "seed"), [("wild", 0), ("wild", 1), ("wild", 2), ("recurrent", 3)]
+)
+def test_fuzz(request, monkeypatch, caplog, model: str, seed: int):
+    wild = request.getfixturevalue(model)
     caplog.set_level("CRITICAL")  # thousands of tracebacks are meant
     rng = random.Random(seed)
     ends: Counter[int] = Counter()

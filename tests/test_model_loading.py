@@ -183,7 +183,12 @@ BROKEN = {
     ),
     "another model": (
         rewrite("config.json", model_type="llama"),
-        "config.json has model_type 'llama'; supported is 'qwen3_vl'",
+        "config.json has model_type 'llama'; supported are qwen3_vl, qwen3_vl_moe, "
+        "qwen2_5_vl, qwen3_5, qwen3_5_moe",
+    ),
+    "sliding windows": (
+        inner("text_config", use_sliding_window=True),
+        "config.json has use_sliding_window on, which is not supported",
     ),
     "a text model": (
         rewrite("config.json", vision_config=None),

@@ -145,7 +145,7 @@ def test_a_cache_that_is_too_small_by_choice():
     made = make(M8, 79, kv_cache_mb=1000)
     assert not made.problem
     assert "KV_CACHE_MB is too small for the largest request: it is refused" in str(made)
-    assert made.kv_cache == 1000 * MIB
+    assert made.tokens == 1000 * MIB // M8.kv_token
     assert not made.shared
     assert made.patch == (0, 0)
 
@@ -208,3 +208,21 @@ def test_the_tower_and_the_cache_share():
     tokens = (made.kv_cache - features * M8.patches) // M8.kv_token
     assert tower * M8.patches + features * M8.patches <= made.kv_cache
     assert tokens >= 16384 + 1000 + 1024
+
+
+def test_a_compiled_step_shares_with_nobody():
+    """Its cache grows in powers of two, and keeps what it has: the tower needs memory of its own."""
+    made = make(M8, 47, compile="on")
+    assert not made.shared
+    assert made.patch == (0, 0)
+    tokens = made.tokens * M8.token
+    assert M8.weights + tokens + M8.tower.peak(M8.patches) + made.known + MARGIN <= 47 * GIB
+    assert made.tokens < make(M8, 47).tokens
+
+
+def test_recurrent_layers_keep_a_state_for_every_slot():
+    """The engine takes it from the KV cache's budget (``Layout.room``)."""
+    recurrent = dataclasses.replace(M8, state=50 * MIB)
+    made = make(recurrent, 23.4)
+    assert made.kv_cache == made.tokens * M8.kv_token + 4 * 50 * MIB
+    assert made.tokens < make(M8, 23.4).tokens

@@ -7,19 +7,22 @@ import json
 import random
 import shutil
 import time
-from itertools import groupby
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle, groupby
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from flask.testing import FlaskClient
 from PIL import Image
 
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.model import LoadedModel, prepare
-from qwenvl_app.generation import FinishReason, Phase
+from qwenvl_app.generation import FinishReason, Phase, SamplingParams
 from qwenvl_app.loading.checkpoint import check
 from qwenvl_app.loading.load import load
 from qwenvl_app.prompts import PromptBuilder
@@ -39,6 +42,12 @@ IDS = {
     "<think>": 151667,
     "</think>": 151668,
 }
+
+# As the Thinking variants have it, and as others do that are told not to think.
+THINKING = real_shape.TEMPLATE.replace(
+    "'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\n'"
+)
+NOT_THINKING = THINKING.replace("<think>\\n", "<think>\\n\\n</think>\\n\\n")
 
 
 @pytest.fixture(scope="module")
@@ -211,17 +220,86 @@ def test_the_template_may_be_in_any_of_three_files(loaded, copy, kept):
 
 
 def test_it_answers_over_http(directory):
-    settings = load_settings({}, model=str(directory), device="cpu", max_new_tokens=8)
+    with served(directory, max_new_tokens=8) as client:
+        assert client.get("/readyz").json["phase"] == "ready"
+        answer = client.post(ROUTE, data=GOOD, content_type=MULTIPART)
+    assert answer.status_code == 200
+    assert answer.json["result"]
+
+
+@pytest.mark.parametrize(
+    ("template", "written", "answer", "reasoned"),
+    [
+        (THINKING, "想<|im_start|>一想</think>\n\n两个圆。", "两个圆。", True),
+        (THINKING, "<think>\n想一想。\n</think>\n\n \n两个</think>圆。", "两个</think>圆。", True),
+        (THINKING, "</think>两个圆。", "两个圆。", True),
+        (THINKING, "</think>", "", True),
+        (real_shape.TEMPLATE, "<think>\n想一想。\n</think>\n\n两个圆。", "两个圆。", True),
+        (real_shape.TEMPLATE, "\n两个<think>圆</think>。", "\n两个<think>圆</think>。", False),
+        (real_shape.TEMPLATE, "</think>两个圆。", "</think>两个圆。", False),
+        (NOT_THINKING, "两个圆</think>。", "两个圆</think>。", False),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_reasoning_is_no_part_of_the_answer(exact, template, written, answer, reasoned, stream):
+    """An Instruct variant has the same two tokens: there they are what is read off a picture."""
+    prompts = PromptBuilder(exact.tokenizer, exact.prompts._text_tokenizer, template, 2)
+    ids = exact.tokenizer.encode(written)
+    asked = request(Image.new("RGB", (64, 64)), stream=stream)
+    with (
+        saying(exact, [*ids, IDS["<|im_end|>"]]),
+        running(dataclasses.replace(exact, prompts=prompts)) as engine,
+    ):
+        deltas = list(engine.submit(asked))
+        stopped = list(
+            engine.submit(dataclasses.replace(asked, sampling=SamplingParams(stop=("想", "圆"))))
+        )
+    assert "".join(delta.text for delta in deltas) == answer
+    usage = deltas[-1].usage
+    assert usage.completion_tokens == len(ids) + 1
+    assert usage.reasoning_tokens == (ids.index(IDS["</think>"]) + 1 if reasoned else 0)
+    # Nor is a stop string looked for in it.
+    assert "".join(delta.text for delta in stopped) == answer.partition("圆")[0]
+
+
+def test_an_answer_that_never_comes_is_an_error(directory, copy, caplog):
+    """It would be an empty result, and look like an answer."""
+    (copy / "chat_template.json").write_text(json.dumps({"chat_template": THINKING}), "utf-8")
+    with served(copy, max_new_tokens=8) as client:
+        answer = client.post(ROUTE, data=GOOD, content_type=MULTIPART)
+        failed = 'qwenvl_request_failed_total{reason="no_answer"} 1.0'
+        assert failed in client.get("/metrics").text
+    assert answer.status_code == 500
+    assert answer.json["detail"].startswith(
+        "服务器内部错误: 模型的思考没有得出答案，请简化问题后重试。（请求编号 "
+    )
+
+
+@contextmanager
+def saying(loaded: LoadedModel, ids: list[int]) -> Iterator[None]:
+    """The model writes ``ids``, over and over; for one request at a time."""
+    script = cycle(ids)
+
+    def prefer(_module, _inputs, logits):
+        logits[..., next(script)] = 1e4
+
+    hook = loaded.model.lm_head.register_forward_hook(prefer)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def served(directory: Path, **changes: int) -> Iterator[FlaskClient]:
+    """The service, with the model of ``directory``."""
+    settings = load_settings({}, model=str(directory), device="cpu", **changes)
     backend = LocalBackend(settings)
     deadline = time.monotonic() + 60
     while backend.status().phase is Phase.LOADING:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     app = create_app(settings, backend)
-    client = app.test_client()
-    assert client.get("/readyz").json["phase"] == "ready"
-    answer = client.post(ROUTE, data=GOOD, content_type=MULTIPART)
-    assert answer.status_code == 200
-    assert answer.json["result"]
+    yield app.test_client()
     app.extensions["qwenvl"]["departures"].close()
     backend.close()

@@ -16,6 +16,7 @@ class Job:
     image_key: bytes | None = None
     encoded: bool = False
     computed: int = 0
+    boundary: int = 0
 
     @property
     def reserved(self) -> int:
@@ -37,6 +38,20 @@ def carry_out(plan: Plan[Job], depth: int = 4) -> None:
     for job in plan.decode:
         assert job.computed >= job.prompt_length
         job.computed += 1
+
+
+def test_a_step_ends_where_a_prefill_has_to():
+    """There a copy of what a recurrent layer has read is made, which can't be cut afterwards."""
+    s = scheduler(chunk=8)
+    job = Job(prompt_length=20, boundary=11, encoded=True)
+    s.waiting.append(job)
+    s.admit()
+    widths = []
+    while job.computed < 20:
+        plan = s.plan()
+        carry_out(plan)
+        widths.append(plan.prefill[0][1])
+    assert widths == [8, 3, 8, 1]
 
 
 def test_first_come_first_served_up_to_the_slots():

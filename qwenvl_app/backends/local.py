@@ -98,6 +98,7 @@ class LocalBackend:
         from qwenvl_app.loading import checkpoint, devices, load, warm_up
 
         settings = self._settings
+        compiled = settings.compile == "on"
         cpu.use_threads(settings.cpu_threads)
         self._say("looking for the checkpoint")
         directory = checkpoint.find(settings.model)
@@ -111,7 +112,8 @@ class LocalBackend:
             max_memory=plan.max_memory,
             say=self._say,
         )
-        cpu.pack(loaded.model)
+        if not compiled:  # which lays weights out by itself
+            cpu.pack(loaded.model)
         options = engines.EngineOptions(
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,
@@ -119,13 +121,18 @@ class LocalBackend:
             prefix_cache_bytes=plan.known,
             prefill_chunk=settings.prefill_chunk,
             patch_bytes=plan.patch,
+            compiled=compiled,
         )
         engine = engines.Engine(loaded, options)
-        self._say("warming up")
+        self._say("compiling, for a minute or two" if compiled else "warming up")
         try:
             warm_up.warm_up(engine)
-        except ModelLoadError:
+        except ModelLoadError as error:
             engine.close()
+            if compiled:  # it has not failed before
+                raise ModelLoadError(
+                    f"{error}; or COMPILE can't be on here: set it to off"
+                ) from None
             raise
         return engine
 

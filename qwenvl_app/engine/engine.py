@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -46,8 +45,8 @@ class EngineOptions:
     kv_cache_bytes: int
     prefix_cache_bytes: int
     prefill_chunk: int  # prompt tokens a step
-    # Of kv_cache_bytes, by a patch in the vision tower, and from there until it is prefilled.
-    patch_bytes: tuple[int, int] = (0, 0)
+    patch_bytes: tuple[int, int] = (0, 0)  # of it, for a patch: in the tower; until it is read
+    compiled: bool = False  # see ``CompiledDecode``
 
 
 class Engine:
@@ -58,9 +57,9 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, options: EngineOptions):
         self._loaded, self._options = loaded, options
-        self._runner = Runner(loaded.model)
+        self._runner = Runner(loaded.model, compiled=options.compiled)
         token = self._runner.layout.token_bytes
-        self._budget = options.kv_cache_bytes // token
+        self._budget = self._runner.layout.room(options.kv_cache_bytes, options.slots)
         if self._budget < _LEAST_TOKENS:
             raise ModelLoadError(
                 f"the KV cache has room for {self._budget} tokens only: free memory, or set "
@@ -75,7 +74,7 @@ class Engine:
             (options.patch_bytes[0] / token, options.patch_bytes[1] / token),
         )
         self.prefixes = PrefixCache(options.prefix_cache_bytes)
-        self._executor = Executor(self._runner, self.prefixes)
+        self._executor = Executor(self._runner, self.prefixes, self._budget)
         self._salt = repr(sorted(loaded.image_processor.to_dict().items()))
         ends = loaded.model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends])
@@ -115,7 +114,7 @@ class Engine:
             kv_tokens=sum(sequence.computed for sequence in list(self._scheduler.rows)),
             kv_budget_tokens=self._budget,
             kv_bytes=self.cache_bytes,
-            kv_budget_bytes=self._budget * layout.token_bytes,
+            kv_budget_bytes=layout.bytes(self._budget, self._options.slots),
             prefix_queries=self.prefixes.hits + self.prefixes.misses,
             prefix_hits=self.prefixes.hits,
             prefix_bytes=self.prefixes.bytes,
@@ -159,14 +158,17 @@ class Engine:
     def _prepare(self, request: GenerationRequest, arrived: float) -> Sequence:
         loaded, sampling = self._loaded, request.sampling
         inputs = prepare(loaded, request.image, request.prompt)
-        longest = min(self._runner.max_length, self._scheduler.room(math.prod(inputs.grid)))
+        patches = len(inputs.image_tokens) * self._runner.merge**2
+        longest = min(self._runner.max_length, self._scheduler.room(patches))
         room = longest - len(inputs.ids)
         if room < 1:
             raise TooLarge(
                 f"图片和提示词共 {len(inputs.ids)} 个 token，超过 {max(0, longest - 1)} 个的限制。"
             )
         prefix = None
-        if inputs.image_tokens.stop * self._runner.layout.token_bytes <= self.prefixes.budget:
+        layout, length = self._runner.layout, inputs.image_tokens.stop
+        if layout.bytes(length, 1) <= self.prefixes.budget:
+            inputs.boundary = length if layout.states else 0
             inputs.image_key = image_key(request.image, self._salt)
             prefix = self.prefixes.get(inputs.image_key)
         if prefix is None:
@@ -174,7 +176,7 @@ class Engine:
         most = self._options.max_new_tokens
         limit = min(sampling.max_new_tokens or most, most, room)
         sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)
-        return Sequence(request, inputs, sampler, limit, loaded.tokenizer, arrived, prefix)
+        return Sequence(request, inputs, sampler, limit, loaded.detokenizer(), arrived, prefix)
 
     # From here on: the engine's thread.
 

@@ -6,7 +6,6 @@ import logging
 
 import torch
 
-from qwenvl_app.engine.kv_cache import SlotCache
 from qwenvl_app.engine.model import Runner
 from qwenvl_app.engine.prefix_cache import Prefix, PrefixCache
 from qwenvl_app.engine.scheduler import Encode, Plan
@@ -25,16 +24,17 @@ class Executor:
     """Carries out plans; decides nothing. Used by the engine's thread alone.
 
     ``rows`` is always the scheduler's list: row ``i`` of the cache belongs to ``rows[i]``.
+    ``budget`` is the scheduler's, in tokens.
     """
 
-    def __init__(self, runner: Runner, prefixes: PrefixCache):
-        self.runner, self.prefixes = runner, prefixes
-        self.cache = SlotCache(runner.layout)
+    def __init__(self, runner: Runner, prefixes: PrefixCache, budget: int):
+        self.runner, self.prefixes, self._budget = runner, prefixes, budget
+        self.cache = runner.new_cache(budget)
         self._encoding: Encoding | None = None
 
     def reset(self) -> None:
         """Forget everything that was under way."""
-        self.cache, self._encoding = SlotCache(self.runner.layout), None
+        self.cache, self._encoding = self.runner.new_cache(self._budget), None
 
     def shrink(self, rows: list[Sequence]) -> None:
         """Give memory back that nobody needs any more."""
@@ -77,14 +77,15 @@ class Executor:
             failed = [sequence for sequence, end in outcomes if isinstance(end, ServiceError)]
             self._save_prefixes([s for s in sequences if s not in failed], rows)
         if plan.decode:
-            # All rows, so that they are one slice of the cache. What is written for one that is
-            # still being prefilled lies behind its end and is overwritten by its next chunk.
-            logits = self.runner.decode(
-                self.cache,
-                [row.tokens[-1] if row.tokens else 0 for row in rows],
-                [row.position for row in rows],
-                [row.computed for row in rows],
-            )
+            # All rows, so that they are one slice of the cache; also those being prefilled.
+            others = [number for number, row in enumerate(rows) if row not in plan.decode]
+            with self.cache.kept(others):
+                logits = self.runner.decode(
+                    self.cache,
+                    [row.tokens[-1] if row.tokens else 0 for row in rows],
+                    [row.position for row in rows],
+                    [row.computed for row in rows],
+                )
             for sequence in plan.decode:
                 sequence.computed += 1
             if len(plan.decode) < len(rows):

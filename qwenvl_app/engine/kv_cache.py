@@ -7,7 +7,10 @@ a row may look at is said by the 4-D mask that ``begin`` returns.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +18,56 @@ import torch
 from transformers import Cache
 
 BLOCK = 128  # tokens; rows grow by so many at a time
+FEWEST_ROWS = 2  # of a roomy cache: torch.compile would make a special case of one
 FLOOR = 4 * BLOCK  # tokens in all rows that are not worth giving back
+
+
+def power_of_two(number: int, least: int = 1) -> int:
+    """The least one that is no smaller."""
+    return max(least, 1 << (number - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class State:
+    """Shape of what a recurrent layer keeps of one row, see ``recurrent.py``."""
+
+    layer: int
+    inputs: tuple[int, int]  # channels, length of the kernel
+    matrices: tuple[int, int, int]  # heads, sizes of a key and a value; in float32
+    dtype: torch.dtype  # of the inputs
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """What it takes."""
+        return math.prod(self.inputs) * self.dtype.itemsize + math.prod(self.matrices) * 4
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape of the cache, from the model's configuration; ``devices``, one a layer."""
+    """Shape of the cache, from the model's configuration; ``devices``, one a layer.
+
+    Those layers aside that have ``states`` instead of keys and values.
+    """
 
     heads: int
     head_dim: int
     dtype: torch.dtype
     devices: tuple[torch.device, ...]
+    states: tuple[State, ...] = ()
 
     @property
     def token_bytes(self) -> int:
         """What one token of one sequence takes, in all layers."""
         return 2 * len(self.devices) * self.heads * self.head_dim * self.dtype.itemsize
+
+    def bytes(self, tokens: int, rows: int) -> int:
+        """What so many tokens in so many rows take."""
+        return tokens * self.token_bytes + rows * sum(state.bytes for state in self.states)
+
+    def room(self, memory: int, rows: int) -> int:
+        """How many tokens so many rows may have in ``memory``, in bytes."""
+        return max(0, memory - self.bytes(0, rows)) // self.token_bytes
 
 
 class SlotCache(Cache):
@@ -38,11 +75,17 @@ class SlotCache(Cache):
 
     Memory follows the tokens that live: the rectangle grows in blocks and shrinks when it is much
     too large. Used by the engine's thread alone.
+
+    ``roomy``, in tokens: the rectangle's sides are powers of two (rows, blocks) as long as it is
+    no larger than that, and it is kept while it is no larger than a quarter of it. ``version``
+    changes with the tensors' addresses. Both are for ``CompiledDecode``.
     """
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, roomy: int = 0):
         super().__init__(layers=[])
         self.layout = layout
+        self._roomy, self._floor = roomy, max(FLOOR, roomy // 4)
+        self.version = 0
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         self._allocate(0, 0)
@@ -64,12 +107,21 @@ class SlotCache(Cache):
         What lies outside of that is lost: ``rows`` and ``length`` are of all that live.
         """
         rows_now, _, length_now, _ = self._keys[0].shape
-        blocks = (length + BLOCK - 1) // BLOCK * BLOCK
-        if rows > rows_now or length > length_now:
+        rows, blocks = self._sides(rows, -(-length // BLOCK))
+        if rows > rows_now or blocks > length_now:
             # Both sides anew: what one of them once was may be over the budget beside the other.
             self._resize(rows, blocks)
-        elif 4 * rows * blocks <= rows_now * length_now and rows_now * length_now > FLOOR:
+        elif 4 * rows * blocks <= rows_now * length_now and rows_now * length_now > self._floor:
             self._resize(rows, blocks)
+
+    @property
+    def rows(self) -> int:
+        """Rows that there is memory for."""
+        return self._keys[0].shape[0]
+
+    def first(self, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Of each layer, keys and values of the first ``rows``, in all their length."""
+        return [keys[:rows] for keys in self._keys], [values[:rows] for values in self._values]
 
     def move(self, source: int, target: int) -> None:
         """Move a row to the place of one that is no longer used."""
@@ -95,6 +147,14 @@ class SlotCache(Cache):
         ):
             tensors[0][row, :, : keys.shape[1]] = keys
             tensors[1][row, :, : values.shape[1]] = values
+
+    @contextmanager
+    def kept(self, rows: list[int]) -> Iterator[None]:
+        """Within the block, a call of the model leaves nothing behind in ``rows``.
+
+        Of keys and values it does not anyway: those lie behind the row's end, and are overwritten.
+        """
+        yield
 
     def begin(self, rows: Many[int], starts: Many[int], widths: Many[int]) -> torch.Tensor:
         """Prepare a call of the model: ``widths[i]`` tokens for ``rows[i]`` from ``starts[i]`` on.
@@ -152,6 +212,14 @@ class SlotCache(Cache):
             )
         return self._indices[device]
 
+    def _sides(self, rows: int, blocks: int) -> tuple[int, int]:
+        """Rows and tokens of the rectangle for so many rows of so many blocks."""
+        if rows and blocks:
+            more_rows, more_blocks = power_of_two(rows, FEWEST_ROWS), power_of_two(blocks)
+            if more_rows * more_blocks * BLOCK <= self._roomy:
+                rows, blocks = more_rows, more_blocks
+        return rows, blocks * BLOCK
+
     def _allocate(self, rows: int, length: int) -> None:
         shape = (rows, self.layout.heads, length, self.layout.head_dim)
         # Zeros, not what happens to be there: a weight of 0 times NaN is NaN.
@@ -161,6 +229,7 @@ class SlotCache(Cache):
         self._values = [torch.zeros_like(keys) for keys in self._keys]
 
     def _resize(self, rows: int, length: int) -> None:
+        self.version += 1
         # Layer by layer, so that at most one of them is there twice.
         for tensors in (self._keys, self._values):
             for number, old in enumerate(tensors):

@@ -1,4 +1,4 @@
-"""The model: prefill and decode. With ``vision.py``, all that knows the model family.
+"""The model: prefill and decode. With ``vision.py``, all that calls the model.
 
 transformers' own code runs unchanged; what is done here is to call its parts with everything that
 belongs to a request passed explicitly. Above all the positions: ``Qwen3VLModel`` would otherwise
@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from qwenvl_app.engine.compiled import CompiledDecode
+from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
 from qwenvl_app.engine.memory import place
 from qwenvl_app.engine.pixels import Patcher
+from qwenvl_app.engine.recurrent import RecurrentCache, states_of
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
 from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.errors import ModelLoadError
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 class LoadedModel:
     """A model and what turns requests into its inputs."""
 
-    model: Any  # Qwen3VLForConditionalGeneration, whose annotations admit no call of its parts
+    model: Any  # of a supported family, whose annotations admit no call of its parts
     image_processor: Any  # Qwen2VLImageProcessorPil
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptBuilder
@@ -40,6 +43,10 @@ class LoadedModel:
     def patcher(self) -> Patcher:
         """Of ``image_processor``. Raises ModelLoadError."""
         return Patcher(self.image_processor)
+
+    def detokenizer(self) -> Detokenizer:
+        """For one answer."""
+        return Detokenizer(self.tokenizer, self.prompts.reasoning)
 
 
 def prepare(loaded: LoadedModel, image: Image, text: str) -> Inputs:
@@ -76,33 +83,55 @@ def mrope_positions(
 class Runner:
     """Calls of the model, in inference mode. Used by the engine's thread alone."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, *, compiled: bool = False):
         self._model, self._text = model, model.model.language_model
         self._tower = Tower(model.model.visual)
         config = model.config.text_config
-        heads: int = config.num_key_value_heads
-        self.layout = Layout(
-            heads,
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            self._text.embed_tokens.weight.dtype,
-            tuple(place(layer.input_layernorm) for layer in self._text.layers),
-        )
         if self._tower.visual.patch_embed.proj.weight.device.type == "meta":
             raise ModelLoadError(
                 "the device has no room even for the vision tower: use a smaller or a quantised "
                 "checkpoint"
             )
+        devices = [place(layer.input_layernorm) for layer in self._text.layers]
+        heads: int = config.num_key_value_heads
+        states = states_of(self._text)
+        for state in reversed(states):
+            del devices[state.layer]
+        self.layout = Layout(
+            heads,
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            self._text.embed_tokens.weight.dtype,
+            tuple(devices),
+            states,
+        )
         # The eager attention adds its mask; all others take True and False.
         self._adds_mask = self._text.config._attn_implementation == "eager"
         self.max_length: int = config.max_position_embeddings
         self.depth = len(self._tower.visual.blocks)
         self.merge: int = self._tower.merge
         self._device = place(self._text.embed_tokens)
+        if compiled and states:
+            raise ModelLoadError(
+                "COMPILE=on does not know this model's recurrent layers: set COMPILE=off"
+            )
+        self._compiled = CompiledDecode(self._step) if compiled else None
+        places = {self.device, self._device, *(p.device for p in model.parameters())}
+        if compiled and len(places) > 1:
+            raise ModelLoadError(
+                "COMPILE wants the whole model on one device: set COMPILE=off, or DEVICE to one "
+                "that has room for all of it"
+            )
 
     @property
     def device(self) -> torch.device:
         """Where logits are."""
         return place(self._model.lm_head)
+
+    def new_cache(self, budget: int) -> SlotCache:
+        """An empty one, for up to ``budget`` tokens."""
+        if self.layout.states:
+            return RecurrentCache(self.layout)
+        return SlotCache(self.layout, budget if self._compiled else 0)
 
     def encode(self, sequences: list[Sequence]) -> Encoding:
         """Begin the vision tower's work on the pictures of ``sequences``."""
@@ -115,6 +144,9 @@ class Runner:
 
         The logits are those behind each sequence's last token of this call.
         """
+        if self.layout.states and len(rows) > 1:  # what pads a row would be read
+            each = zip(sequences, rows, widths, strict=True)
+            return torch.cat([self.prefill(cache, [s], [row], [width]) for s, row, width in each])
         widest = max(widths)
         ids = torch.zeros(len(rows), widest, dtype=torch.long)
         positions = torch.zeros(3, len(rows), widest, dtype=torch.long)
@@ -141,9 +173,9 @@ class Runner:
             is_image = is_image.to(self._device)
             features = torch.cat([part.embeds for part in parts])
             embeds[is_image] = features.to(embeds.device, embeds.dtype)
-            layers = zip(*(part.deepstack for part in parts), strict=True)
-            visual["visual_pos_masks"] = is_image
-            visual["deepstack_visual_embeds"] = [torch.cat(layer) for layer in layers]
+            layers = [torch.cat(each) for each in zip(*(p.deepstack for p in parts), strict=True)]
+            if layers:
+                visual = {"visual_pos_masks": is_image, "deepstack_visual_embeds": layers}
         mask = cache.begin(rows, [s.computed for s in sequences], widths)
         hidden = self._text(
             inputs_embeds=embeds,
@@ -160,12 +192,19 @@ class Runner:
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
         """One token for each of the rows 0 to n; logits (n, vocabulary)."""
+        if self._compiled and self._compiled.takes(cache, len(ids)):
+            return self._compiled(cache, ids, positions, starts)
         mask = cache.begin(range(len(ids)), starts, [1] * len(ids))
-        places = torch.tensor(positions, device=self._device)[None, :, None]
+        inputs = torch.tensor([ids, positions], device=self._device)
+        return self._step(inputs[0], inputs[1], mask, cache)
+
+    def _step(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
         hidden = self._text(
-            input_ids=torch.tensor(ids, device=self._device)[:, None],
+            input_ids=ids[:, None],
             attention_mask=self._mask(mask),
-            position_ids=places.expand(3, -1, -1),
+            position_ids=positions[None, :, None].expand(3, -1, -1),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state

@@ -40,6 +40,10 @@ class Job(Protocol):
     def computed(self) -> int:
         """Tokens in the KV cache."""
 
+    @property
+    def boundary(self) -> int:
+        """Tokens at which a step of its prefill has to end, if it comes by there."""
+
 
 J = TypeVar("J", bound=Job)
 
@@ -107,7 +111,8 @@ class Scheduler(Generic[J]):
         plan.decode = [job for job in self.rows if job.computed >= job.prompt_length]
         widest = 0
         for job in self._order:
-            width = min(job.prompt_length - job.computed, self.chunk)
+            end = job.boundary if job.computed < job.boundary else job.prompt_length
+            width = min(end - job.computed, self.chunk)
             if width <= 0:
                 continue
             # A prefill call is a rectangle too: a short prompt beside a long one is mostly padding.

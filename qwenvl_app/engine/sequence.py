@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,9 +16,6 @@ from qwenvl_app.engine.prefix_cache import Prefix
 from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.errors import DeadlineExceeded, ServiceError
 from qwenvl_app.generation import Delta, FinishReason, GenerationRequest, Timings, Usage
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Event = list[int] | FinishReason | ServiceError
 
@@ -46,6 +42,7 @@ class Inputs:
     image_tokens: range  # the places in ``ids`` that the picture's features go to
     pixels: torch.Tensor | None = None  # see ``pixels.Patcher``; not needed for a known picture
     image_key: bytes | None = None
+    boundary: int = 0  # see ``scheduler.Job``
 
 
 class Sequence:
@@ -61,7 +58,7 @@ class Sequence:
         inputs: Inputs,
         sampler: Sampler,
         limit: int,
-        tokenizer: PreTrainedTokenizerBase,
+        detokenizer: Detokenizer,
         arrived: float,
         prefix: Prefix | None = None,
     ):
@@ -79,7 +76,7 @@ class Sequence:
         self.timings = Timings(preprocess=self.queued - arrived)
         self.started = self.first_token = 0.0
         self._arrived, self._sent = arrived, 0
-        self._tokenizer = tokenizer
+        self._detokenizer = detokenizer
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._cancelled = threading.Event()
 
@@ -103,6 +100,11 @@ class Sequence:
     def image_key(self) -> bytes | None:
         """Equal for equal pictures; None if nothing is shared."""
         return self.inputs.image_key
+
+    @property
+    def boundary(self) -> int:
+        """See ``scheduler.Job``."""
+        return self.inputs.boundary
 
     @property
     def encoded(self) -> bool:
@@ -157,7 +159,7 @@ class Sequence:
 
     def __iter__(self) -> Iterator[Delta]:
         """See ``backends.Generation``. Text is made here, not on the engine's thread."""
-        detokenizer, stops, count = Detokenizer(self._tokenizer), StopStrings(self.params.stop), 0
+        detokenizer, stops, count = self._detokenizer, StopStrings(self.params.stop), 0
         while True:
             event = self._next()
             if isinstance(event, ServiceError):
@@ -189,7 +191,7 @@ class Sequence:
             return DeadlineExceeded()
 
     def _last(self, text: str, reason: FinishReason, count: int) -> Delta:
-        usage = Usage(self.prompt_length, count, self.cached)
+        usage = Usage(self.prompt_length, count, self.cached, self._detokenizer.reasoned)
         return Delta(text, reason, usage, self.timings)
 
     def _send(self) -> None:

@@ -1,4 +1,10 @@
-"""The vision tower, in as many steps as it takes."""
+"""The vision tower, in as many steps as it takes.
+
+Families differ most here, and each part is used where the tower has it. Qwen3-VL has learned
+positions and DeepStack, Qwen3.5 learned positions alone. Of Qwen2.5-VL's layers most look at one
+window of a picture at a time: its patches lie in the order of the windows meanwhile, those that are
+merged still side by side.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +18,7 @@ from transformers.vision_utils import (
     get_vision_attention_seqlens,
     get_vision_interpolation_indices_and_weights,
     get_vision_position_ids,
+    get_vision_window_index,
 )
 
 from qwenvl_app.engine.pixels import Grid
@@ -20,11 +27,19 @@ from qwenvl_app.engine.sequence import Features, Sequence
 _SMALL = 1024  # patches in all: what is kept for later is at most a few MB each
 
 
+class Windows(NamedTuple):
+    """The order of the image tokens by windows, and where each window begins, in patches."""
+
+    order: torch.Tensor
+    lengths: torch.Tensor
+
+
 class Geometry(NamedTuple):
     """All that the tower needs to know of the shapes of some pictures, whatever is in them."""
 
-    places: torch.Tensor  # (patches, hidden): the learned positions, interpolated
+    places: torch.Tensor | None  # (patches, hidden): the learned positions, interpolated
     rotary: tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (patches, head_dim)
+    windows: Windows | None
     lengths: torch.Tensor  # (pictures + 1): where each begins
     longest: int | None
 
@@ -51,34 +66,77 @@ class Tower:
         """Pixels as ``Patcher`` makes them to what the first layer takes (patches, hidden)."""
         pixels = pixels.to(device=self._kernel.device, dtype=self._kernel.dtype)
         hidden = F.linear(pixels.flatten(1), self._kernel, self.visual.patch_embed.proj.bias)
-        hidden += geometry.places
-        return hidden
+        if geometry.places is not None:
+            hidden += geometry.places
+        return self._by_windows(hidden, geometry.windows) if geometry.windows else hidden
+
+    def layer(self, number: int, hidden: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+        """One layer, from and to (patches, hidden)."""
+        lengths = geometry.lengths
+        if geometry.windows and number not in self.visual.fullatt_block_indexes:
+            lengths = geometry.windows.lengths
+        result: torch.Tensor = self.visual.blocks[number](
+            hidden,
+            cu_seqlens=lengths,
+            max_seqlen=geometry.longest,
+            position_embeddings=geometry.rotary,
+        )
+        return result
+
+    def deepstack(self, number: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """What DeepStack takes behind a layer (image tokens, width), if it does."""
+        taps = getattr(self.visual, "deepstack_visual_indexes", ())
+        if number not in taps:
+            return None
+        taken: torch.Tensor = self.visual.deepstack_merger_list[taps.index(number)](hidden)
+        return taken
+
+    def merged(self, hidden: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+        """What the last layer gave as the language model takes it (image tokens, width)."""
+        merged: torch.Tensor = self.visual.merger(hidden)
+        return merged[geometry.windows.order.argsort()] if geometry.windows else merged
 
     def _measure(self, grids: tuple[Grid, ...]) -> Geometry:
         visual, proj = self.visual, self.visual.patch_embed.proj
         grid = torch.tensor(grids, device=proj.weight.device)
-        indices, weights = get_vision_interpolation_indices_and_weights(
-            grid,
-            num_grid_per_side=visual.num_grid_per_side,
-            mode=visual.interpolation_mode,
-            align_corners=visual.interpolation_align_corners,
-            spatial_merge_size=self.merge,
-        )
+        places = windows = None
+        if hasattr(visual, "pos_embed"):
+            indices, weights = get_vision_interpolation_indices_and_weights(
+                grid,
+                num_grid_per_side=visual.num_grid_per_side,
+                mode=visual.interpolation_mode,
+                align_corners=visual.interpolation_align_corners,
+                spatial_merge_size=self.merge,
+            )
+            places = (visual.pos_embed(indices) * weights[:, :, None]).sum(1).to(proj.weight.dtype)
         ids = get_vision_position_ids(grid, self.merge)
         rotary = visual.rotary_pos_emb(proj.weight, ids)  # of which it takes the device
-        places = (visual.pos_embed(indices) * weights[:, :, None]).sum(1).to(proj.weight.dtype)
-        return Geometry(places, rotary, *get_vision_attention_seqlens(grid, visual.config))
+        if hasattr(visual, "fullatt_block_indexes"):
+            windows = Windows(
+                *get_vision_window_index(
+                    grid,
+                    spatial_merge_size=self.merge,
+                    window_size=visual.window_size,
+                    patch_size=visual.patch_size,
+                )
+            )
+            rotary = tuple(self._by_windows(part, windows) for part in rotary)
+        return Geometry(places, rotary, windows, *get_vision_attention_seqlens(grid, visual.config))
+
+    def _by_windows(self, patches: torch.Tensor, windows: Windows) -> torch.Tensor:
+        merged = patches.view(-1, self.merge**2, patches.shape[-1])
+        return merged[windows.order].flatten(0, 1)
 
 
 class Encoding:
     """Pictures on their way through the vision tower, which may take several steps.
 
-    ``Qwen3VLVisionModel.forward`` cut between its layers, so that one large picture does not hold
-    up the answers that are being written.
+    The tower's ``forward`` cut between its layers, so that one large picture does not hold up the
+    answers that are being written.
     """
 
     def __init__(self, tower: Tower, sequences: list[Sequence]):
-        self._visual = tower.visual
+        self._tower = tower
         self._geometry = tower.geometry(tuple(s.inputs.grid for s in sequences))
         self._sizes = [s.patches // tower.merge**2 for s in sequences]
         pixels = torch.cat([s.inputs.pixels for s in sequences if s.inputs.pixels is not None])
@@ -87,20 +145,14 @@ class Encoding:
 
     def advance(self, first: int, last: int) -> list[Features] | None:
         """Run layers ``first`` to ``last`` (exclusive); the features, once all have run."""
-        visual = self._visual
         for number in range(first, last):
-            self._hidden = visual.blocks[number](
-                self._hidden,
-                cu_seqlens=self._geometry.lengths,
-                max_seqlen=self._geometry.longest,
-                position_embeddings=self._geometry.rotary,
-            )
-            if number in visual.deepstack_visual_indexes:
-                merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(number)]
-                self._deepstack.append(merger(self._hidden))
-        if last < len(visual.blocks):
+            self._hidden = self._tower.layer(number, self._hidden, self._geometry)
+            if (taken := self._tower.deepstack(number, self._hidden)) is not None:
+                self._deepstack.append(taken)
+        if last < len(self._tower.visual.blocks):
             return None
-        embeds = torch.split_with_sizes(visual.merger(self._hidden), self._sizes)
+        merged = self._tower.merged(self._hidden, self._geometry)
+        embeds = torch.split_with_sizes(merged, self._sizes)
         layers = [torch.split_with_sizes(layer, self._sizes) for layer in self._deepstack]
         return [
             Features(part, [layer[number] for layer in layers])

@@ -19,7 +19,8 @@ from qwenvl_app.loading.files import image_settings, read_json, readable, refuse
 log = logging.getLogger(__name__)
 
 DEMO = Path(__file__).resolve().parent.parent / "demo_model"
-MODEL_TYPE = "qwen3_vl"
+# The families whose parts the engine knows, see ``engine/vision.py`` and ``engine/model.py``.
+FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
 _MODELSCOPE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DTYPES = ("float32", "bfloat16", "float16")
 # What transformers can't do without for quantised weights, and how pip calls it: docs/models.md.
@@ -99,16 +100,20 @@ def check(directory: Path) -> str:
 
 def _check_config(config: dict[str, Any]) -> None:
     model_type = config.get("model_type")
-    if model_type != MODEL_TYPE:
+    if model_type not in FAMILIES:
         raise ModelLoadError(
-            f"config.json has model_type {model_type!r}; supported is {MODEL_TYPE!r}"
+            f"config.json has model_type {model_type!r}; supported are {', '.join(FAMILIES)}"
         )
     parts = {name: config.get(name) for name in ("text_config", "vision_config")}
+    if model_type == "qwen2_5_vl" and "text_config" not in config:
+        parts["text_config"] = config  # as it was published: all in one
     for name, part in parts.items():
         if not isinstance(part, dict):
             raise ModelLoadError(
                 f"config.json has no {name}; take the checkpoint's own config.json"
             )
+        if part.get("use_sliding_window"):
+            raise ModelLoadError("config.json has use_sliding_window on, which is not supported")
     for part in (config, *parts.values()):
         for key in ("dtype", "torch_dtype"):
             if part and (dtype := part.get(key)) is not None and dtype not in _DTYPES:

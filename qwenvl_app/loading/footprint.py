@@ -227,11 +227,11 @@ def _tower(vision: dict[str, Any], merged: int, size: int, *, cpu: bool, eager: 
     mlp = 2 * hidden * size + (3 if gated else 2) * inner * size
     # Learned positions, four of which are weighed in float32; a CPU converts them first.
     positions = 5 * hidden * size + 4 * hidden * 4 * (2 if cpu and size < 4 else 1)
-    pixels = 3 * vision["patch_size"] ** 2 * size * 3  # themselves, and two frames of them
-    embedding = (positions if vision.get("num_position_embeddings") else hidden * size) + pixels
+    learned = hidden * size if vision.get("num_position_embeddings") else 0  # kept meanwhile
+    embedding = (positions if learned else hidden * size) + 3 * vision["patch_size"] ** 2 * size
     heads = vision.get("num_heads", 0)
     return Tower(
-        patch=max(embedding, max(attention, mlp) + features),
+        patch=max(embedding, max(attention, mlp) + learned + features),
         features=features,
         square=heads * (2 * size + 4) if eager else 0,
     )

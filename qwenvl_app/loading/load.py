@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.errors import ModelLoadError, is_out_of_memory
@@ -40,10 +40,9 @@ def load(
     directory = find(name)
     log.info("loading the model from %s", directory)
     template = check(directory)
-    # Typed as Any: transformers' own annotations don't know the report.
-    family: Any = Qwen3VLForConditionalGeneration
+    auto: Any = AutoModelForImageTextToText  # transformers' annotations don't know the report
     with progress.told(say), _quantisation_told(directory):
-        model, report = family.from_pretrained(
+        model, report = auto.from_pretrained(
             directory,
             config=_config(directory, device),
             dtype=dtype,

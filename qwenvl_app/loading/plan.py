@@ -6,6 +6,7 @@ what the weights and the known pictures leave: a tower at work is when the fewes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,9 @@ LIBRARIES = 40 * MIB
 _GPU_MARGIN, _CPU_MARGIN, _CPU_SHARE = 512 * MIB, 256 * MIB, 0.1
 
 
+_NO_ROOM = "the largest allowed picture does not fit beside the weights"
+
+
 @dataclass(frozen=True)
 class Plan:
     """Bytes. ``problem`` is why it can't work, ``tight`` what may fail when all slots are busy."""
@@ -33,11 +37,17 @@ class Plan:
     known: int = 0  # for pictures that were asked about before
     room: int = 0  # for the KV cache, and for the tower if that shares it
     shared: bool = True
-    kv_cache: int = 0
+    tokens: int = 0  # in the KV cache
     max_memory: dict[int | str, int] | None = None  # for weights, where there are several devices
     offloaded: int = 0  # weights that stay in the machine's memory and are fetched in every step
     problem: str | None = None
     tight: str | None = None
+
+    @property
+    def kv_cache(self) -> int:
+        """With what recurrent layers keep of every slot."""
+        need = self.need
+        return self.tokens * need.kv_token + self.settings.max_concurrency * need.state
 
     @property
     def patch(self) -> tuple[int, int]:
@@ -74,7 +84,7 @@ class Plan:
         encoding = slots * (DECODED * pixels + FLOATS * need.pixels) + need.tower.peak(need.patches)
         answering = (
             slots * (DECODED * pixels + need.state)
-            + min(tokens, self.kv_cache // need.kv_token) * need.token
+            + min(tokens, self.tokens) * need.token
             + known
             + settings.prefill_chunk * need.chunk_token
         )
@@ -86,7 +96,7 @@ class Plan:
             f"{gib(max(0, self.free))} free; weights {gib(_weights(need) - self.offloaded)}, "
             f"vision tower up to {gib(need.tower.peak(need.patches))}, known pictures up to "
             f"{gib(self.known)}, KV cache up to {gib(self.kv_cache)} "
-            f"({self.kv_cache // need.kv_token:,} tokens of {need.kv_token / 1024:.0f} KiB"
+            f"({self.tokens:,} tokens of {need.kv_token / 1024:.0f} KiB"
             f"{', less what the tower takes' if self.shared else ''})"
         )
         if self.offloaded:
@@ -151,9 +161,11 @@ def _plan(
     need: Footprint, settings: Settings, free: Sequence[int], *, cpu: bool, host: int
 ) -> Plan:
     """Without advice."""
-    slots, weights, tower = settings.max_concurrency, _weights(need), need.tower.peak(need.patches)
+    slots, weights = settings.max_concurrency, _weights(need)
     pictures = picture(need, settings) if cpu else 0
-    shared = len(free) == 1 and not settings.kv_cache_mb
+    # A compiled step has no use for a cache that grows and shrinks with what lives.
+    alone = len(free) == 1 and settings.compile == "off"
+    shared = alone and not settings.kv_cache_mb
     plan = Plan(need, settings, sum(free), shared=shared)
     least = _least(need, settings, shared=shared)
     # Layers go to a device as a whole: on each but the last, less than one may find no place.
@@ -164,25 +176,26 @@ def _plan(
     if spare <= 0:
         return replace(plan, problem="the weights do not fit")
     if spare < least + pictures:
-        what = "KV_CACHE_MB does" if settings.kv_cache_mb else "the largest allowed picture does"
-        return replace(plan, problem=f"{what} not fit beside the weights")
+        own = "KV_CACHE_MB does not fit beside the weights"
+        return replace(plan, problem=own if settings.kv_cache_mb else _NO_ROOM)
     known = min(settings.prefix_cache_mb * MIB, spare - least - pictures)
     room = spare - known - slots * pictures
     if room < least:
         room = least
         plan = replace(plan, tight="the largest picture in every slot at once does not fit")
-    room = min(room, _most(need, settings)) - (0 if shared else tower)
+    room = min(room, _most(need, settings)) - (0 if shared else _beside(need, settings))
     if len(free) > 1:
         # Each layer's keys lie beside its weights, so that there must be place for both.
-        usable = sum(_usable(need, settings, free, cpu=cpu)) - tower
+        usable = sum(_usable(need, settings, free, cpu=cpu)) - _beside(need, settings)
         share = usable / (weights - plan.offloaded + (len(free) - 1) * need.layer) - 1
         room = min(room, int(share * need.layers) - known)
-    kv_cache = settings.kv_cache_mb * MIB or room // need.token * need.kv_token
-    if kv_cache // need.kv_token < _tokens(need, settings):
-        plan = replace(
-            plan, tight="KV_CACHE_MB is too small for the largest request: it is refused"
-        )
-    plan = replace(plan, known=known, room=room, kv_cache=kv_cache)
+    tokens = _asked(need, settings) or room // need.token
+    if tokens < _tokens(need, settings):
+        if not settings.kv_cache_mb:
+            return replace(plan, problem=_NO_ROOM)
+        why = "KV_CACHE_MB is too small for the largest request: it is refused"
+        plan = replace(plan, tight=why)
+    plan = replace(plan, known=known, room=room, tokens=tokens)
     if len(free) == 1 and not plan.offloaded:
         return plan
     return replace(plan, max_memory=_limits(plan, _usable(need, settings, free, cpu=cpu), host))
@@ -194,9 +207,9 @@ def _limits(plan: Plan, usable: list[int], host: int) -> dict[int | str, int]:
     if len(usable) == 1:
         limits = [_weights(need) - plan.offloaded + need.layer]
     else:
-        usable = [usable[0] - need.tower.peak(need.patches), *usable[1:]]
+        usable = [usable[0] - _beside(need, plan.settings), *usable[1:]]
         share = (plan.room + plan.known) / need.layers
-        limits = [int(size / (1 + share)) for size in usable]
+        limits = [math.ceil(size / (1 + share)) for size in usable]
     return {**dict(enumerate(limits)), "cpu": host}
 
 
@@ -218,13 +231,26 @@ def _tokens(need: Footprint, settings: Settings) -> int:
     return min(need.picture_tokens + PROMPT + settings.max_new_tokens, need.max_length)
 
 
+def _asked(need: Footprint, settings: Settings) -> int:
+    """Tokens that KV_CACHE_MB has room for; 0 if it is not set."""
+    states = settings.max_concurrency * need.state
+    return max(0, settings.kv_cache_mb * MIB - states) // need.kv_token
+
+
 def _least(need: Footprint, settings: Settings, *, shared: bool) -> int:
     """For one of the largest requests: what the tower takes and, then or at once, its tokens."""
-    tower, features = need.tower.peak(need.patches), need.tower.features * need.patches
     if shared:
-        return max(tower, features + _tokens(need, settings) * need.token)
-    tokens = settings.kv_cache_mb * MIB // need.kv_token or _tokens(need, settings)
-    return tower + features + tokens * need.token
+        features = need.tower.features * need.patches
+        tokens = features + _tokens(need, settings) * need.token
+        return max(need.tower.peak(need.patches), tokens)
+    tokens = _asked(need, settings) or _tokens(need, settings)
+    return _beside(need, settings) + tokens * need.token
+
+
+def _beside(need: Footprint, settings: Settings) -> int:
+    """The tower's own memory: one picture is in it, while another is prefilled."""
+    another = need.tower.features * need.patches if settings.max_concurrency > 1 else 0
+    return need.tower.peak(need.patches) + another
 
 
 def _most(need: Footprint, settings: Settings) -> int:

@@ -10,13 +10,13 @@ from qwenvl_app.generation import GenerationRequest, SamplingParams
 
 
 def warm_up(engine: Engine) -> None:
-    """Let ``engine`` write two tokens about a small picture. Blocks.
+    """Let ``engine`` write four tokens about a small picture. Blocks.
 
     Raises ModelLoadError if it can't, above all because its numbers are not finite: the weights of
     a damaged checkpoint look like any others.
     """
     picture = Image.new("RGB", (64, 64), "white")
-    sampling = SamplingParams(max_new_tokens=2, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=4, ignore_eos=True)
     try:
         for _ in engine.submit(GenerationRequest(picture, "?", "warm-up", sampling)):
             pass

@@ -46,6 +46,7 @@ def write(request_id: str, about: Fields, record: RequestRecord) -> None:
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,
             "tokens": usage.completion_tokens,
+            "reasoning_tokens": usage.reasoning_tokens or None,
         }
     fields |= {"finish": record.finish_reason, "reason": record.reason}
     known = {

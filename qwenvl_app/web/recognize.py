@@ -10,7 +10,7 @@ from werkzeug.exceptions import ClientDisconnected
 from qwenvl_app.admission import Admission
 from qwenvl_app.backends import Backend, require_ready
 from qwenvl_app.caller import Caller
-from qwenvl_app.errors import BadRequest, ClientGone, TooLarge
+from qwenvl_app.errors import BadRequest, ClientGone, InternalError, TooLarge
 from qwenvl_app.generation import GenerationRequest, SamplingParams, Status
 from qwenvl_app.images import decode_image
 from qwenvl_app.settings import Settings
@@ -18,6 +18,8 @@ from qwenvl_app.web import accounts
 from qwenvl_app.web.departures import Departures
 from qwenvl_app.web.forms import read_form
 from qwenvl_app.web.schema import RecognizeForm
+
+_ONLY_REASONING = "模型的思考没有得出答案，请简化问题后重试。"
 
 
 def blueprint(
@@ -61,6 +63,9 @@ def blueprint(
         finally:
             generation.cancel()
         caller.check()
+        if not result and record.usage and record.usage.reasoning_tokens:
+            # Cut before the answer began, as a rule. An empty result would look like one.
+            raise InternalError(_ONLY_REASONING, reason="no_answer")
         return result
 
     return routes

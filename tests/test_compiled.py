@@ -1,0 +1,98 @@
+"""A compiled decode step gives the tokens of ``generate``, and few shapes serve many steps."""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+import torch
+
+from qwenvl_app.backends.local import LocalBackend
+from qwenvl_app.engine import compiled
+from qwenvl_app.engine.kv_cache import BLOCK, Layout, SlotCache
+from qwenvl_app.generation import Phase
+from qwenvl_app.loading.load import load
+from qwenvl_app.settings import load_settings
+from tests.engines import agrees, finish, generate, random_request, running, spread
+from tests.test_model_loading import wait_for
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
+
+
+class Replayed:
+    """A CUDA graph as far as there can be one without a GPU.
+
+    It is bound to the tensors that it was recorded with, and says what lies in them later on.
+    """
+
+    made = 0
+
+    def __init__(self, body, inputs, keys, values):
+        Replayed.made += 1
+        self._body, self._inputs, self._keys, self._values = body, inputs.clone(), keys, values
+
+    def replay(self, inputs):
+        self._inputs.copy_(inputs)
+        return self._body(self._inputs, self._keys, self._values)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    wild = spread(load("demo"))
+    rng = random.Random(11)
+    return wild, [(each, generate(wild, each)) for each in (random_request(rng) for _ in range(40))]
+
+
+@pytest.mark.parametrize("slots", [1, 4, 16])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_compiled_tokens_are_those_of_generate(asked, slots, recorded, monkeypatch):
+    if recorded:
+        monkeypatch.setattr(compiled, "Graph", Replayed)
+        monkeypatch.setattr(compiled, "_records", lambda _device: True)
+        monkeypatch.setattr(Replayed, "made", 0)
+    wild, requests = asked
+    with running(wild, slots=slots, compiled=True) as engine:
+        pairs = [(engine.submit(request), solo) for request, solo in requests]
+        for sequence, _ in pairs:
+            finish(sequence)
+        steps, versions = engine.steps, engine._executor.cache.version
+    verdicts = [agrees(sequence, solo) for sequence, solo in pairs]
+    assert False not in verdicts
+    assert verdicts.count(None) <= 1
+    if recorded:  # at most one for each number of rows, each time that the cache moved
+        assert 0 < Replayed.made <= versions * slots.bit_length() < steps
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "sides"),
+    [
+        (1, 1, (2, BLOCK)),
+        (3, 2 * BLOCK + 1, (4, 4 * BLOCK)),
+        (4, 4 * BLOCK, (4, 4 * BLOCK)),
+        (5, 2 * BLOCK, (8, 2 * BLOCK)),
+        (17, BLOCK, (17, BLOCK)),  # 32 rows would be more than there is room for
+        (3, 5 * BLOCK, (3, 5 * BLOCK)),
+    ],
+)
+def test_a_roomy_cache_has_sides_of_powers_of_two_within_its_budget(rows, tokens, sides):
+    layout = Layout(1, 1, torch.float32, (torch.device("cpu"),))
+    cache = SlotCache(layout, roomy=16 * BLOCK)
+    cache.fit(rows, tokens)
+    keys, _ = cache.first(rows)
+    assert (cache.rows, keys[0].shape[2]) == sides
+    version = cache.version
+    cache.fit(rows, tokens)
+    assert cache.version == version
+    cache.fit(0, 0)
+    assert cache.bytes <= 4 * BLOCK * layout.token_bytes
+
+
+def test_without_a_compiler_the_start_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    backend = LocalBackend(load_settings({}, compile="on"))
+    wait_for(backend, Phase.FAILED)
+    assert backend.status().message == (
+        "COMPILE=on needs a C++ compiler: install g++, or set COMPILE=off"
+    )
+    backend.close()

@@ -1,0 +1,173 @@
+"""Every family that is supported: a checkpoint laid out as published loads, and is answered right.
+
+What is not about a family, ``test_engine.py`` has.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import random
+import time
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from qwenvl_app import create_app
+from qwenvl_app.backends.local import LocalBackend
+from qwenvl_app.engine import cpu
+from qwenvl_app.engine.model import LoadedModel, mrope_positions, prepare
+from qwenvl_app.engine.vision import Encoding, Tower
+from qwenvl_app.generation import GenerationRequest, Phase
+from qwenvl_app.loading.checkpoint import FAMILIES
+from qwenvl_app.settings import load_settings
+from tests import families
+from tests.engines import (
+    Solo,
+    finish,
+    generate,
+    inputs_of,
+    judge,
+    random_image,
+    random_request,
+    running,
+)
+from tests.wire import GOOD, MULTIPART, ROUTE
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def wild(request, tmp_path_factory) -> LoadedModel:
+    return families.wild(tmp_path_factory.mktemp("family") / request.param, request.param)
+
+
+@pytest.fixture(scope="module")
+def asked(wild) -> list[tuple[GenerationRequest, Solo]]:
+    rng = random.Random(12)
+    requests = [random_request(rng) for _ in range(12)]
+    return [(each, generate(wild, each)) for each in requests]
+
+
+@pytest.mark.parametrize(
+    ("slots", "chunk", "prefix"),
+    [(1, 1024, 0), (4, 1024, 0), (4, 64, 0), (4, 7, 0), (4, 100, 2**27), (16, 31, 2**19)],
+)
+def test_every_token_is_that_of_generate(wild, asked, slots: int, chunk: int, prefix: int):
+    """Joining and leaving at random steps: 72 requests, and 48 about pictures that are known."""
+    rng = random.Random(slots * chunk)
+    rounds = [asked, asked, asked] if prefix else [asked]
+    with running(wild, slots=slots, prefill_chunk=chunk, prefix_cache_bytes=prefix) as engine:
+        pairs = []
+        for round_ in rounds:
+            for each, solo in round_:
+                pairs.append((engine.submit(each), solo))
+                time.sleep(rng.random() * 0.01)
+            for sequence, _ in pairs[-len(round_) :]:
+                finish(sequence)
+        hits = engine.prefixes.hits
+    judge(pairs)
+    if prefix == 2**27:
+        assert hits >= 2 * len(asked)
+
+
+@pytest.mark.parametrize("change", ["packed", "eager"])
+def test_nor_does_it_matter_how_products_are_made(wild, asked, change: str, monkeypatch):
+    """Packed: layers and activations are replaced. Eager: that attention adds its mask."""
+    other = dataclasses.replace(wild, model=copy.deepcopy(wild.model))
+    if change == "packed":
+        monkeypatch.setattr(cpu, "_LEAST", 0)
+        cpu.pack(other.model)
+    else:
+        other.model.set_attn_implementation("eager")
+    with running(other, prefill_chunk=50) as engine:
+        pairs = [(engine.submit(each), solo) for each, solo in asked]
+        for sequence, _ in pairs:
+            finish(sequence)
+    judge(pairs)
+
+
+def test_answers_are_not_all_alike(asked):
+    """Or they would prove nothing."""
+    assert len({tuple(solo.tokens) for _, solo in asked}) > len(asked) // 2
+
+
+def test_positions_are_those_of_transformers(wild):
+    rng = random.Random(5)
+    for _ in range(20):
+        each = random_request(rng)
+        inputs = inputs_of(wild, each)
+        theirs, delta = wild.model.model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+        )
+        ours = prepare(wild, each.image, each.prompt)
+        assert torch.equal(ours.positions, theirs[:, 0])
+        # The answer's first token goes on from there.
+        assert ours.positions[0, -1] + 1 == len(ours.ids) + delta.item()
+        assert list(ours.grid) == inputs["image_grid_thw"][0].tolist()
+        assert len(wild.patcher.patches(each.image)) == math.prod(ours.grid)
+    assert mrope_positions(9, range(2, 6), (1, 4, 4), 2).tolist()[1] == [0, 1, 2, 2, 3, 3, 4, 5, 6]
+
+
+def test_the_vision_tower_in_pieces_is_the_vision_tower(wild):
+    rng = random.Random(6)
+
+    class Job:
+        def __init__(self, image):
+            resized = wild.patcher.resized(image)
+            self.pixels = wild.image_processor(images=[resized], return_tensors="pt").pixel_values
+            self.inputs = prepare(wild, image, "x")
+            self.inputs.pixels = wild.patcher.patches(image)
+            self.patches = len(self.inputs.pixels)
+
+    jobs = [Job(random_image(rng)) for _ in range(3)]
+    visual = wild.model.model.visual
+    with torch.inference_mode():
+        whole = visual(
+            torch.cat([job.pixels for job in jobs]),
+            grid_thw=torch.tensor([job.inputs.grid for job in jobs]),
+        )
+        encoding = Encoding(Tower(visual), jobs)
+        assert encoding.advance(0, 1) is None
+        assert encoding.advance(1, 3) is None
+        features = encoding.advance(3, 4)
+    # The first layer's convolution is done as a product here, which rounds otherwise.
+    near = {"atol": 1e-4, "rtol": 1e-5}
+    torch.testing.assert_close(torch.cat([f.embeds for f in features]), whole.pooler_output, **near)
+    layers = getattr(whole, "deepstack_features", ())
+    assert [len(f.deepstack) for f in features] == [len(layers)] * 3
+    for number, layer in enumerate(layers):
+        torch.testing.assert_close(
+            torch.cat([f.deepstack[number] for f in features]), layer, **near
+        )
+
+
+@pytest.mark.parametrize("name", families.PUBLISHED)
+def test_the_published_numbers(name: str):
+    """Made whole, they would have as many parameters as the published files."""
+    family, changes, parameters = families.PUBLISHED[name]
+    settings = families.CONFIGS[family] | changes
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **settings))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_answers_over_http(tmp_path, family: str):
+    directory = families.make(tmp_path / family, family)
+    settings = load_settings(
+        {}, model=str(directory), device="cpu", dtype="bfloat16", max_new_tokens=8
+    )
+    backend = LocalBackend(settings)
+    deadline = time.monotonic() + 60
+    while backend.status().phase is Phase.LOADING:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    app = create_app(settings, backend)
+    client = app.test_client()
+    assert client.get("/readyz").json["phase"] == "ready"
+    answer = client.post(ROUTE, data=GOOD, content_type=MULTIPART)
+    assert answer.status_code == 200
+    assert answer.json["result"]
+    app.extensions["qwenvl"]["departures"].close()
+    backend.close()
