@@ -211,7 +211,7 @@ def test_the_tower_and_the_cache_share():
 
 
 def test_a_compiled_step_shares_with_nobody():
-    """Its cache grows in powers of two, and keeps what it has: the tower needs memory of its own."""
+    """Its cache grows in powers of two and keeps what it has: the tower has memory of its own."""
     made = make(M8, 47, compile="on")
     assert not made.shared
     assert made.patch == (0, 0)
