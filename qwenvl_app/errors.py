@@ -104,7 +104,7 @@ class ClientGone(ServiceError):
 _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` is about memory. torch, which has a class for that, is not known here."""
     return (
         isinstance(error, MemoryError)

@@ -65,7 +65,8 @@ def test_doctor_on_this_machine():
     done = flask("doctor", "--bind", "127.0.0.1:0")
     levels = {line.split()[1].rstrip(":"): line.split()[0] for line in done.stdout.splitlines()}
     assert done.returncode == 0, done.stdout + done.stderr
-    assert levels == dict.fromkeys(("versions", "device", "port", "model", "memory"), "ok")
+    expected = ("versions", "device", "port", "model", "memory", "process")
+    assert levels == dict.fromkeys(expected, "ok")
 
 
 def test_doctor_fails_if_the_service_would(tmp_path: Path):

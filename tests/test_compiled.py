@@ -18,7 +18,10 @@ from qwenvl_app.settings import load_settings
 from tests.engines import agrees, finish, generate, random_request, running, spread
 from tests.test_model_loading import wait_for
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++"),
+    pytest.mark.timeout(600),  # to compile takes a minute, and more on a busy machine
+]
 
 
 class Replayed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import weakref
 
 import pytest
 import torch
@@ -35,6 +36,23 @@ def test_what_gains_nothing_stays(dtype):
     model = nn.Sequential(nn.Linear(size, size, dtype=dtype))
     cpu.pack(model)
     assert type(model[0]) is nn.Linear
+
+
+def test_one_layer_at_a_time(monkeypatch):
+    """The list of modules that was gone through kept all old weights, and so all twice."""
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)))
+    old = [weakref.ref(layer) for layer in model]
+    alive: list[int] = []
+    real = cpu.PackedLinear
+
+    class Watched(real):  # type: ignore[misc, valid-type]
+        def __init__(self, linear: nn.Linear):
+            alive.append(sum(layer() is not None for layer in old))
+            super().__init__(linear)
+
+    monkeypatch.setattr(cpu, "PackedLinear", Watched)
+    cpu.pack(model)
+    assert alive == [4, 3, 2, 1]
 
 
 def test_packed_tokens_are_those_of_generate_on_the_plain_model(monkeypatch):

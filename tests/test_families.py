@@ -89,7 +89,7 @@ def test_nor_does_it_matter_how_products_are_made(wild, asked, change: str, monk
     judge(pairs)
 
 
-@pytest.mark.timeout(300)  # torch.compile takes most of a minute
+@pytest.mark.timeout(600)  # torch.compile takes most of a minute
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 def test_compiled(wild, asked):
     """See ``test_compiled.py``. A recurrent layer's state is not among what is compiled."""

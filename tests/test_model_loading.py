@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -22,6 +23,7 @@ from qwenvl_app.generation import Phase
 from qwenvl_app.loading import checkpoint as checkpoints
 from qwenvl_app.loading import load as loading
 from qwenvl_app.loading.checkpoint import DEMO
+from qwenvl_app.loading.footprint import measure
 from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
 from tests.wire import GOOD, MULTIPART, ROUTE
@@ -199,11 +201,12 @@ BROKEN = {
     "gptq": (
         rewrite("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
         "the weights are quantised with gptq, which needs another package: "
-        "pip install gptqmodel optimum",
+        "pip install gptqmodel optimum; or take the checkpoint that is not quantised",
     ),
     "awq": (
         rewrite("config.json", quantization_config={"quant_method": "awq", "bits": 4}),
-        "the weights are quantised with awq, which needs another package: pip install gptqmodel",
+        "the weights are quantised with awq, which needs another package: pip install gptqmodel; "
+        "or take the checkpoint that is not quantised",
     ),
     "an unknown quantisation": (
         rewrite("config.json", quantization_config={"quant_method": "mystery"}),
@@ -447,6 +450,70 @@ def test_an_unforeseen_error_while_loading_is_logged_not_shown(monkeypatch, capl
     assert "secret" not in backend.status().message
     assert "secret" in caplog.text
     backend.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.16 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["Python", "CUDA", "CPU"],
+)
+def test_memory_that_runs_out_while_loading(monkeypatch, error: Exception):
+    """Something else took it meanwhile: "an unexpected error" helped nobody."""
+
+    def explode(_name: str, **_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loading, "load", explode)
+    backend = LocalBackend(load_settings({}))
+    wait_for(backend, Phase.FAILED)
+    assert backend.status().message.startswith("the memory ran out while loading: ")
+    backend.close()
+
+
+def test_a_model_that_does_not_fit_is_not_loaded(monkeypatch, caplog):
+    """It died minutes later, or in the fourth request."""
+    monkeypatch.setattr("qwenvl_app.loading.devices.free_memory", lambda _device: 300 * 2**20)
+    monkeypatch.setattr(loading, "load", None)
+    backend = LocalBackend(load_settings({}, device="cpu"))
+    wait_for(backend, Phase.FAILED)
+    message = backend.status().message
+    assert message.startswith("not enough memory: 300 MiB free; weights 16 MiB, ")
+    assert "; the weights do not fit; what would fit: " in message
+    assert message in caplog.text
+    backend.close()
+
+
+def test_the_largest_picture_that_fits_is_told(monkeypatch):
+    """And with it, the service starts."""
+    free = 900 * 2**20
+    monkeypatch.setattr("qwenvl_app.loading.devices.free_memory", lambda _device: free)
+    backend = LocalBackend(load_settings({}, device="cpu"))
+    wait_for(backend, Phase.FAILED)
+    found = re.search(r"MAX_IMAGE_MEGAPIXELS=([\d.]+)", backend.status().message)
+    backend.close()
+    assert found
+    backend = LocalBackend(load_settings({}, device="cpu", max_image_megapixels=float(found[1])))
+    wait_for(backend, Phase.READY)
+    backend.close()
+
+
+def test_an_image_processor_among_all_processors(checkpoint: Path):
+    """Newer tools save processor_config.json alone; where both are, transformers takes that."""
+    own = checkpoint / "preprocessor_config.json"
+    settings = json.loads(own.read_text())
+    own.unlink()
+    newer = {"image_processor": settings, "processor_class": "Qwen3VLProcessor"}
+    (checkpoint / "processor_config.json").write_text(json.dumps(newer))
+    loaded = load(str(checkpoint))
+    assert loaded.patcher.side == settings["patch_size"]
+    assert measure(checkpoint, "auto", 1e9).pixels == settings["size"]["longest_edge"]
+    (checkpoint / "processor_config.json").write_text("{}")
+    with pytest.raises(ModelLoadError, match=r"lacks preprocessor_config\.json"):
+        checkpoints.check(checkpoint)
 
 
 def test_closing_while_loading(monkeypatch):

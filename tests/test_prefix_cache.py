@@ -55,3 +55,12 @@ def test_the_key_is_of_pixels_shape_mode_and_settings():
     assert len({image_key(picture, "salt") for picture in pictures}) == 5
     assert image_key(pictures[0], "a") != image_key(pictures[0], "b")
     assert image_key(pictures[0], "a") == image_key(Image.new("RGB", (4, 4)), "a")
+
+
+def test_the_key_is_of_the_whole_picture():
+    """It is read in strips."""
+    for row in (0, 255, 256, 599):
+        picture = Image.new("RGB", (3, 600))
+        before = image_key(picture, "")
+        picture.putpixel((2, row), (0, 0, 1))
+        assert image_key(picture, "") != before

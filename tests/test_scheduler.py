@@ -204,3 +204,60 @@ def test_whatever_comes_and_goes_everybody_ends():
                 break
         assert ended == 40
         assert not s.rows
+
+
+def sharing(budget: int = 100, patches: int = 8) -> Scheduler[Job]:
+    """A patch takes two tokens of the budget while it is in the tower, then half of one."""
+    return Scheduler(4, budget, 16, patches, 4, cost=(2.0, 0.5))
+
+
+def test_who_is_alone_needs_the_tower_first_and_then_its_tokens():
+    """On a 24 GB card both of the largest request, at once, did not fit; but they never are."""
+    s = sharing()
+    assert s.room(40) == 100 - 20  # what the tower made of it is kept until it is prefilled
+    assert s.room(41) == 0  # too large for the tower
+    large = Job(prompt_length=70, limit=10, patches=40)
+    small = Job(prompt_length=2, limit=2, patches=1, encoded=True)
+    s.waiting.extend([large, small])
+    assert s.admit() == [large]
+    large.encoded, large.computed = True, 70
+    assert s.admit() == []  # two rows of 80
+    s.remove(large)
+    assert s.admit() == [small]
+
+
+def test_a_picture_waits_for_the_memory_that_the_tower_needs():
+    s = sharing()
+    first = Job(prompt_length=20, limit=10, patches=10)
+    s.waiting.append(first)
+    s.admit()
+    first.encoded, first.computed = True, 20
+    second, third = Job(limit=20, patches=20), Job(limit=20, patches=15)
+    s.waiting.append(second)
+    assert s.admit() == []  # two rows of 30, 40 for the tower, 10 for what it makes: 110
+    s.waiting.clear()
+    s.waiting.append(third)
+    assert s.admit() == [third]  # 60 + 30 + 7.5
+
+
+def test_tower_and_tokens_together_stay_within_the_budget():
+    rng = random.Random(7)
+    s, left = sharing(budget=300, patches=16), 60
+    while left or s.rows or s.waiting:
+        if left and rng.random() < 0.4:
+            left -= 1
+            job = Job(rng.randint(1, 60), rng.randint(1, 30), patches=rng.choice((1, 4, 16, 60)))
+            assert job.reserved <= s.room(job.patches)
+            s.waiting.append(job)
+        s.admit()
+        plan = s.plan()
+        inside = plan.encode.jobs if plan.encode else []
+        carry_out(plan)
+        rectangle = len(s.rows) * max((row.computed for row in s.rows), default=0)
+        tower = 2 * sum(job.patches for job in inside)
+        features = sum(
+            row.patches / 2 for row in s.rows if row.encoded and row.computed < row.prompt_length
+        )
+        assert rectangle + tower + features <= 300
+        for row in [row for row in s.rows if row.computed >= row.reserved]:
+            s.remove(row)

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from qwenvl_app.backends import Generation, require_ready
-from qwenvl_app.errors import LoadStopped, ModelLoadError, Unavailable
+from qwenvl_app.errors import LoadStopped, ModelLoadError, Unavailable, is_out_of_memory
 from qwenvl_app.generation import BackendStats, GenerationRequest, Phase, Status
 from qwenvl_app.settings import Settings
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LINES_APART_S = 5
+_UNEXPECTED = "an unexpected error while loading; the log has it"
+_OUT = (
+    "the memory ran out while loading: something else takes what was free, or the doctor "
+    "(flask --app wsgi doctor) says what would fit; else use a smaller or a quantised checkpoint"
+)
 
 
 class LocalBackend:
@@ -88,18 +93,23 @@ class LocalBackend:
     def _start(self) -> Engine:
         # Not at the top: importing torch and transformers takes seconds, in which /livez is to
         # answer already.
-        from qwenvl_app.engine import cpu, memory
+        from qwenvl_app.engine import cpu
         from qwenvl_app.engine import engine as engines
-        from qwenvl_app.loading import load, warm_up
+        from qwenvl_app.loading import checkpoint, devices, load, warm_up
 
         settings = self._settings
         compiled = settings.compile == "on"
         cpu.use_threads(settings.cpu_threads)
+        self._say("looking for the checkpoint")
+        directory = checkpoint.find(settings.model, say=self._say)
+        checkpoint.check(directory)
+        plan = devices.make_plan(directory, settings)
         loaded = load.load(
-            settings.model,
+            str(directory),
             device=settings.device,
             dtype=settings.dtype,
             attention=settings.attention,
+            max_memory=plan.max_memory,
             say=self._say,
         )
         if not compiled:  # which lays weights out by itself
@@ -107,10 +117,10 @@ class LocalBackend:
         options = engines.EngineOptions(
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,
-            kv_cache_bytes=settings.kv_cache_mb * 2**20
-            or memory.free_memory(loaded.model.device) // 2,
-            prefix_cache_bytes=settings.prefix_cache_mb * 2**20,
+            kv_cache_bytes=plan.kv_cache,
+            prefix_cache_bytes=plan.known,
             prefill_chunk=settings.prefill_chunk,
+            patch_bytes=plan.patch,
             compiled=compiled,
         )
         engine = engines.Engine(loaded, options)
@@ -147,9 +157,9 @@ class LocalBackend:
             status = Status(Phase.FAILED, str(error))
         except LoadStopped:
             return
-        except BaseException:  # a library's SystemExit too, or it would be loading for ever
+        except BaseException as error:  # a library's SystemExit too, or it would load for ever
             log.exception("the model can't be loaded")
-            status = Status(Phase.FAILED, "an unexpected error while loading; the log has it")
+            status = Status(Phase.FAILED, _OUT if is_out_of_memory(error) else _UNEXPECTED)
         with self._lock:
             if self._status.phase is Phase.LOADING:
                 self._status, self._engine, engine = status, engine, None

@@ -50,7 +50,12 @@ class PackedLinear(nn.Module):
 
 def use_threads(count: int) -> None:
     """Threads of one product, 0 for all cores but one. For threads that have not used torch yet."""
-    torch.set_num_threads(count or max(1, _CORES - 1))
+    torch.set_num_threads(threads(count))
+
+
+def threads(count: int) -> int:
+    """What ``use_threads`` makes of ``count``."""
+    return count or max(1, _CORES - 1)
 
 
 def pack(model: nn.Module) -> None:
@@ -61,8 +66,10 @@ def pack(model: nn.Module) -> None:
     if not torch._C._has_mkldnn:
         return
     with torch.inference_mode():
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
+        # No list of the layers themselves: it would keep the old weights until its end.
+        for parent in [m for m in model.modules() if not isinstance(m, nn.Linear)]:
+            for name in [name for name, _ in parent.named_children()]:
+                child = parent.get_submodule(name)
                 if type(child) is nn.Linear and _fits(child.weight):
                     then = _FUSED.get(type(getattr(parent, "act_fn", None)))
                     if then and name in _BEFORE:

@@ -45,6 +45,7 @@ class EngineOptions:
     kv_cache_bytes: int
     prefix_cache_bytes: int
     prefill_chunk: int  # prompt tokens a step
+    patch_bytes: tuple[int, int] = (0, 0)  # of it, for a patch: in the tower; until it is read
     compiled: bool = False  # see ``CompiledDecode``
 
 
@@ -57,6 +58,7 @@ class Engine:
     def __init__(self, loaded: LoadedModel, options: EngineOptions):
         self._loaded, self._options = loaded, options
         self._runner = Runner(loaded.model, compiled=options.compiled)
+        token = self._runner.layout.token_bytes
         self._budget = self._runner.layout.room(options.kv_cache_bytes, options.slots)
         if self._budget < _LEAST_TOKENS:
             raise ModelLoadError(
@@ -69,6 +71,7 @@ class Engine:
             options.prefill_chunk,
             options.prefill_chunk * self._runner.merge**2,
             self._runner.depth,
+            (options.patch_bytes[0] / token, options.patch_bytes[1] / token),
         )
         self.prefixes = PrefixCache(options.prefix_cache_bytes)
         self._executor = Executor(self._runner, self.prefixes, self._budget)
@@ -82,8 +85,6 @@ class Engine:
         self.failure: Status | None = None  # once nothing works any more
         self.steps = 0
         self.step_began: float | None = None  # time.monotonic(), while a step is running
-        size = self._runner.layout.token_bytes
-        log.info("KV cache: %d bytes a token, room for %d tokens", size, self._budget)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -157,11 +158,12 @@ class Engine:
     def _prepare(self, request: GenerationRequest, arrived: float) -> Sequence:
         loaded, sampling = self._loaded, request.sampling
         inputs = prepare(loaded, request.image, request.prompt)
-        longest = min(self._runner.max_length, self._budget)
+        patches = len(inputs.image_tokens) * self._runner.merge**2
+        longest = min(self._runner.max_length, self._scheduler.room(patches))
         room = longest - len(inputs.ids)
         if room < 1:
             raise TooLarge(
-                f"图片和提示词共 {len(inputs.ids)} 个 token，超过 {longest - 1} 个的限制。"
+                f"图片和提示词共 {len(inputs.ids)} 个 token，超过 {max(0, longest - 1)} 个的限制。"
             )
         prefix = None
         layout, length = self._runner.layout, inputs.image_tokens.stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -52,3 +53,13 @@ def gpu_memory(devices: Iterable[torch.device]) -> dict[tuple[int, str], int]:
         sizes[index, "reserved"] = torch.cuda.memory_reserved(device)
         sizes[index, "total"] = torch.cuda.get_device_properties(device).total_memory
     return sizes
+
+
+def place(module: Any) -> torch.device:
+    """Where ``module``, which has a weight of its own, computes.
+
+    Weights that no GPU has room for are nowhere ("meta") until accelerate fetches them for a call.
+    """
+    hook: Any = getattr(module, "_hf_hook", None)
+    device: torch.device = module.weight.device
+    return torch.device(hook.execution_device) if hook and device.type == "meta" else device

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from qwenvl_app.engine.compiled import CompiledDecode
 from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
+from qwenvl_app.engine.memory import place
 from qwenvl_app.engine.pixels import Patcher
 from qwenvl_app.engine.recurrent import RecurrentCache, states_of
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
@@ -86,12 +87,12 @@ class Runner:
         self._model, self._text = model, model.model.language_model
         self._tower = Tower(model.model.visual)
         config = model.config.text_config
-        devices = [layer.input_layernorm.weight.device for layer in self._text.layers]
-        if any(device.type == "meta" for device in devices):
+        if self._tower.visual.patch_embed.proj.weight.device.type == "meta":
             raise ModelLoadError(
-                "the model does not fit the device: some of its layers were left in the machine's "
-                "memory or on disk; use a smaller or a quantised checkpoint"
+                "the device has no room even for the vision tower: use a smaller or a quantised "
+                "checkpoint"
             )
+        devices = [place(layer.input_layernorm) for layer in self._text.layers]
         heads: int = config.num_key_value_heads
         states = states_of(self._text)
         for state in reversed(states):
@@ -108,13 +109,14 @@ class Runner:
         self.max_length: int = config.max_position_embeddings
         self.depth = len(self._tower.visual.blocks)
         self.merge: int = self._tower.merge
-        self._device = self._text.embed_tokens.weight.device
+        self._device = place(self._text.embed_tokens)
         if compiled and states:
             raise ModelLoadError(
                 "COMPILE=on does not know this model's recurrent layers: set COMPILE=off"
             )
         self._compiled = CompiledDecode(self._step) if compiled else None
-        if compiled and len({self.device, self._device, *self.layout.devices}) > 1:
+        places = {self.device, self._device, *(p.device for p in model.parameters())}
+        if compiled and len(places) > 1:
             raise ModelLoadError(
                 "COMPILE wants the whole model on one device: set COMPILE=off, or DEVICE to one "
                 "that has room for all of it"
@@ -123,8 +125,7 @@ class Runner:
     @property
     def device(self) -> torch.device:
         """Where logits are."""
-        device: torch.device = self._model.lm_head.weight.device
-        return device
+        return place(self._model.lm_head)
 
     def new_cache(self, budget: int) -> SlotCache:
         """An empty one, for up to ``budget`` tokens."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from qwenvl_app.engine.kv_cache import Layout, SlotCache, State
+from qwenvl_app.engine.memory import place
 
 
 def states_of(text: Any) -> tuple[State, ...]:
@@ -30,7 +31,7 @@ def states_of(text: Any) -> tuple[State, ...]:
                     (mixer.conv_dim, mixer.conv_kernel_size),
                     (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim),
                     mixer.conv1d.weight.dtype,
-                    mixer.conv1d.weight.device,
+                    place(mixer.conv1d),
                 )
             )
     return tuple(states)

@@ -7,6 +7,7 @@ rows are always without holes, so that one decode call covers them all (the idea
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -72,11 +73,20 @@ class Scheduler(Generic[J]):
     it, counting what each sequence may still grow to, so that nothing that runs ever has to stop
     for want of memory. ``chunk`` bounds the prompt tokens of one step, and so how long the others
     wait for their next token; ``patches`` does the same for whole passes of the vision tower, whose
-    ``depth`` layers are spread over several steps for a picture that has more.
+    ``depth`` layers are spread over several steps for a picture that has more. ``cost`` is what a
+    patch takes of the budget, in tokens: while it is in the tower, and until it is prefilled.
     """
 
-    def __init__(self, slots: int, budget: int, chunk: int, patches: int, depth: int):
-        self.slots, self.budget, self.chunk = slots, budget, chunk
+    def __init__(
+        self,
+        slots: int,
+        budget: int,
+        chunk: int,
+        patches: int,
+        depth: int,
+        cost: tuple[float, float] = (0.0, 0.0),
+    ):
+        self.slots, self.budget, self.chunk, self._cost = slots, budget, chunk, cost
         self._patches, self._depth = patches, depth
         self.waiting: deque[J] = deque()
         self.rows: list[J] = []
@@ -128,9 +138,23 @@ class Scheduler(Generic[J]):
         self.rows[hole] = moved
         return last, hole
 
+    def room(self, patches: int) -> int:
+        """Tokens that a job with such a picture may have, with nobody beside it; 0: none."""
+        tower, features = (math.ceil(patches * cost) for cost in self._cost)
+        return self.budget - features if tower + features <= self.budget else 0
+
     def _fits(self, job: J) -> bool:
-        longest = max([job.reserved, *(row.reserved for row in self.rows)])
-        return longest * (len(self.rows) + 1) <= self.budget
+        rows = [*self.rows, job]
+        rectangle = len(rows) * max(row.reserved for row in rows)
+        unseen = [row.patches for row in rows if not row.encoded]
+        # One large picture is in the tower at a time, or several small ones.
+        most = max([min(sum(unseen), self._patches), *unseen])
+        tower = math.ceil(self._cost[0] * most)
+        unread = sum(row.patches for row in rows if row.computed < row.prompt_length)
+        features = math.ceil(self._cost[1] * unread)
+        # Who is alone has no tokens yet while its picture is in the tower.
+        taken = max(rectangle, tower) if len(rows) == 1 else rectangle + tower
+        return taken + features <= self.budget
 
     def _will_be_shared(self, job: J) -> bool:
         return (

@@ -14,14 +14,14 @@ from typing import Any
 
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading import weights
-from qwenvl_app.loading.files import read_json, readable, refuse_pointer
+from qwenvl_app.loading.files import image_settings, read_json, readable, refuse_pointer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo_model"
 # The families whose parts the engine knows, see ``engine/vision.py`` and ``engine/model.py``.
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
 _MODELSCOPE_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(\w[\w.-]*))?")
 _DTYPES = ("float32", "bfloat16", "float16")
-# What transformers needs for quantised weights, and how pip calls it. Nothing more for fp8.
+# What transformers can't do without for quantised weights, and how pip calls it: docs/models.md.
 _QUANTISED = {
     "awq": {"gptqmodel": "gptqmodel"},
     "gptq": {"gptqmodel": "gptqmodel", "optimum": "optimum"},
@@ -81,8 +81,8 @@ def check(directory: Path) -> str:
     if "config.json" not in names:
         weights.refuse_gguf(names)
     _check_config(read_json(directory, "config.json"))
-    for file in ("preprocessor_config.json", "tokenizer_config.json"):
-        read_json(directory, file)
+    image_settings(directory)
+    read_json(directory, "tokenizer_config.json")
     if "generation_config.json" in names:
         read_json(directory, "generation_config.json")
     if "tokenizer.json" in names:
@@ -131,7 +131,7 @@ def _check_quantisation(config: Any) -> None:
     if missing := [packages[name] for name in packages if importlib.util.find_spec(name) is None]:
         raise ModelLoadError(
             f"the weights are quantised with {method}, which needs another package: "
-            f"pip install {' '.join(missing)}"
+            f"pip install {' '.join(missing)}; or take the checkpoint that is not quantised"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from qwenvl_app.errors import ModelLoadError
 
 _POINTER = b"version https://git-lfs"
+_PROCESSOR = "processor_config.json"
 
 
 @contextmanager
@@ -51,3 +52,15 @@ def read_json(directory: Path, file: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelLoadError(f"{file} is not a JSON object; copy or download it again")
     return content
+
+
+def image_settings(directory: Path) -> dict[str, Any]:
+    """Of the image processor; newer tools save all processors' in one file, which goes first.
+
+    Raises ModelLoadError, if there are none too.
+    """
+    if (directory / _PROCESSOR).is_file():
+        own = read_json(directory, _PROCESSOR).get("image_processor")
+        if isinstance(own, dict):
+            return own
+    return read_json(directory, "preprocessor_config.json")

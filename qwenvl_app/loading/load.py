@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl_app.engine.model import LoadedModel
-from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.errors import ModelLoadError, is_out_of_memory
 from qwenvl_app.loading import processing, progress
 from qwenvl_app.loading.checkpoint import check, find
+from qwenvl_app.loading.devices import keeps_fp8
+from qwenvl_app.loading.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -22,24 +26,28 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     attention: str = "auto",
+    max_memory: dict[int | str, int] | None = None,
     say: Callable[[str], None] = lambda _message: None,
 ) -> LoadedModel:
     """Load ``name``: ``demo``, a directory, or a ModelScope id. Takes seconds to minutes.
 
     By default as the service being replaced: ``dtype="auto"``, ``device_map="auto"`` through
-    accelerate, and the checkpoint's own ``generation_config``. ``say`` is told, often, how far it
-    is, and may raise LoadStopped. Raises ModelLoadError.
+    accelerate, and the checkpoint's own ``generation_config``. ``max_memory``: bytes of weights on
+    each device, of which there may be several. ``say`` is told, often, how far it is, and may raise
+    LoadStopped. Raises ModelLoadError.
     """
     say("looking for the checkpoint")
     directory = find(name, say=say)
     log.info("loading the model from %s", directory)
     template = check(directory)
     auto: Any = AutoModelForImageTextToText  # transformers' annotations don't know the report
-    with progress.told(say):
+    with progress.told(say), _quantisation_told(directory):
         model, report = auto.from_pretrained(
             directory,
+            config=_config(directory, device),
             dtype=dtype,
             device_map=device,
+            max_memory=max_memory,
             attn_implementation=None if attention == "auto" else attention,
             use_safetensors=True,
             local_files_only=True,
@@ -53,6 +61,56 @@ def load(
         )
     if missing := sorted(report["missing_keys"]):  # they would be filled with random numbers
         raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
+    _tell_offload(getattr(model, "hf_device_map", {}))
     if model.generation_config.eos_token_id is None:
         raise ModelLoadError("generation_config.json has no eos_token_id: no answer would ever end")
     return LoadedModel(model.eval(), *processing.load(directory, model.config, template))
+
+
+def _quantised(directory: Path) -> str | None:
+    config = read_json(directory, "config.json").get("quantization_config") or {}
+    method: str | None = config.get("quant_method")
+    return method
+
+
+@contextmanager
+def _quantisation_told(directory: Path) -> Iterator[None]:
+    """What a quantised checkpoint's own libraries raise is of many classes, and for the log."""
+    try:
+        yield
+    except (ImportError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        method = _quantised(directory)
+        if method is None or is_out_of_memory(error):
+            raise
+        log.exception("the quantised weights can't be loaded")
+        raise ModelLoadError(
+            f"weights that are quantised with {method} can't be loaded here, the log has why: take "
+            "the checkpoint that is not quantised"
+        ) from None
+
+
+def _config(directory: Path, device: str) -> Any:
+    """config.json, if it has to be changed: quantised weights that no product is there for.
+
+    compressed-tensors would take them apart in the first call of the whole model, which never comes
+    here: its parts are called.
+    """
+    method = _quantised(directory)
+    if method != "compressed-tensors" and (method != "fp8" or keeps_fp8(device)):
+        return None
+    log.warning("%s weights are loaded as they were before they were quantised", method)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    config.quantization_config["dequantize"] = True
+    return config
+
+
+def _tell_offload(places: dict[str, Any]) -> None:
+    """Warn of what accelerate found no room for; ``places``: of each part, its device."""
+    parts = list(places.values())
+    on_gpus = [part for part in parts if part not in ("cpu", "disk")]
+    outside = len(parts) - len(on_gpus) if on_gpus else parts.count("disk")
+    if outside:
+        log.warning(
+            "%d parts of the model are outside the device, and are fetched in every step",
+            outside,
+        )

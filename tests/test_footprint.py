@@ -1,0 +1,164 @@
+"""What is read from a checkpoint's files, against the loaded model and published figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from qwenvl_app.engine.model import Runner
+from qwenvl_app.loading.checkpoint import DEMO
+from qwenvl_app.loading.footprint import measure
+from qwenvl_app.loading.load import load
+from tests import real_shape
+
+GIB = 2**30
+BIG = 178e6
+PIXELS = {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
+
+
+def test_the_embedded_model_takes_what_was_foreseen():
+    """Parameters, bytes and the KV cache's token, against the loaded model itself."""
+    model = load("demo").model
+    need = measure(DEMO, "auto", BIG)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert need.parameters == parameters
+    assert need.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert need.kv_token == Runner(model).layout.token_bytes
+    assert need.dtype == "float32"
+    assert need.picture_tokens == 16
+    layers = model.model.language_model.layers
+    sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
+    assert need.layers == sum(sizes)
+    assert need.layer == max(sizes)
+    half = measure(DEMO, "bfloat16", BIG)
+    assert (half.weights, half.kv_token) == (need.weights // 2, need.kv_token // 2)
+
+
+def write(
+    directory: Path,
+    config: dict[str, Any],
+    tensors: Mapping[str, tuple[str, list[int]]],
+    processor: dict[str, Any] = PIXELS,
+) -> Path:
+    """A checkpoint of headers alone, in two files."""
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor))
+    names = list(tensors)
+    index = {name: f"{1 + number % 2}.safetensors" for number, name in enumerate(names)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for file in set(index.values()):
+        header: dict[str, Any] = {"__metadata__": {}}
+        for name in names:
+            if index[name] == file:
+                header[name] = {"dtype": tensors[name][0], "shape": tensors[name][1]}
+        data = json.dumps(header).encode()
+        (directory / file).write_bytes(len(data).to_bytes(8, "little") + data)
+    return directory
+
+
+EIGHT = {"a": ("BF16", [2000, 2_191_781]), "b": ("BF16", [2000, 2_191_781])}
+
+
+def test_an_8b_model_takes_what_the_readme_says(tmp_path: Path):
+    """17.5 GB of weights and 144 KiB a token: from the configuration and the files' headers."""
+    need = measure(write(tmp_path, real_shape.config(), EIGHT), "auto", 50e6, cpu=False)
+    assert need.weights == 17_534_248_000
+    assert need.kv_token == 144 * 1024
+    assert need.picture_tokens == 16384  # what the processor makes of the largest picture
+    assert 2.5 * GIB < need.tower.peak(need.patches) < 3.5 * GIB
+
+
+def configured(name: str, text: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
+    """config.json of another family, as the installed transformers writes it."""
+    config: dict[str, Any] = json.loads(AutoConfig.for_model(name).to_json_string())
+    config["text_config"] |= text
+    config["vision_config"] |= vision
+    return config
+
+
+# Qwen2.5-VL-7B and Qwen3.5 with 32 layers, of which 8 keep keys and values.
+QWEN25 = configured(
+    "qwen2_5_vl",
+    {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+    | {"hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 128000}
+    | {"layer_types": None},
+    {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+)
+QWEN35 = configured("qwen3_5", {}, {"out_hidden_size": 4096})
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """As Qwen2.5-VL was published: the language model's settings are at the top."""
+    top = {key: value for key, value in config.items() if key != "text_config"}
+    return config["text_config"] | top
+
+
+@pytest.mark.parametrize("config", [QWEN25, flat(QWEN25)], ids=["nested", "flat"])
+def test_qwen25(tmp_path: Path, config: dict[str, Any]):
+    """Patches of 14 pixels, and limits under their older names."""
+    processor = {"min_pixels": 3136, "max_pixels": 12845056}
+    need = measure(write(tmp_path, config, EIGHT, processor), "bfloat16", 50e6, cpu=False)
+    assert need.kv_token == 2 * 28 * 4 * 128 * 2
+    assert need.picture_tokens == 16384
+    assert need.patches == 65536
+    assert 2 * GIB < need.tower.peak(need.patches) < 4 * GIB
+
+
+def test_qwen35(tmp_path: Path):
+    """Three of four layers keep a state of fixed size in place of a token's keys and values."""
+    need = measure(write(tmp_path, QWEN35, EIGHT), "bfloat16", 50e6, cpu=False)
+    assert need.kv_token == 2 * 8 * 4 * 256 * 2
+    matrices, convolved = 32 * 128 * 128 * 4, (2 * 16 + 32) * 128 * 4 * 2
+    assert need.state == 24 * (matrices + convolved)
+
+
+def test_a_mixture_of_experts(tmp_path: Path):
+    """All experts' weights are there, and a token passes through a few."""
+    config = configured("qwen3_vl_moe", {"num_experts_per_tok": 8}, {})
+    experts = {"model.language_model.layers.0.mlp.experts.up": ("BF16", [128, 2048, 768])}
+    need = measure(write(tmp_path, config, experts), "bfloat16", 50e6, cpu=False)
+    assert need.weights == need.layers == 2 * 128 * 2048 * 768
+    assert need.chunk_token == (3 * 8 * 1408 + 8 * 2048) * 2
+
+
+def quantised(method: str) -> dict[str, Any]:
+    return real_shape.config() | {
+        "quantization_config": {
+            "quant_method": method,
+            "config_groups": {"group_0": {"weights": {"num_bits": 4}}},
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "tensor", "expands", "size"),
+    [
+        ("gptq", ("I32", [512, 4096]), None, 4 * 512 * 4096),
+        ("awq", ("I32", [4096, 512]), None, 4 * 512 * 4096),
+        ("bitsandbytes", ("U8", [4096 * 2048, 1]), None, 4096 * 2048),
+        ("bitsandbytes", ("I8", [4096, 4096]), None, 4096 * 4096),
+        ("fp8", ("F8_E4M3", [4096, 4096]), False, 4096 * 4096),
+        ("fp8", ("F8_E4M3", [4096, 4096]), True, 2 * 4096 * 4096),
+        ("compressed-tensors", ("F8_E4M3", [4096, 4096]), False, 2 * 4096 * 4096),
+        ("compressed-tensors", ("I32", [4096, 512]), False, 2 * 4096 * 4096),
+    ],
+)
+def test_quantised_weights(tmp_path: Path, method: str, tensor, expands: bool | None, size: int):
+    """Packed words counted as one byte each; fp8 as one byte too where it is turned to bfloat16."""
+    files = write(tmp_path, quantised(method), {"a": tensor, "scale": ("F32", [10])})
+    need = measure(files, "bfloat16", 50e6, cpu=False, expands_fp8=expands)
+    assert need.weights == size + 20
+    assert need.quantised == method
+
+
+def test_a_smaller_limit_on_pictures(tmp_path: Path):
+    need = measure(write(tmp_path, real_shape.config(), EIGHT), "auto", 50e6)
+    assert need.at(need.pixels) == need.at(1e9) == need
+    half = need.at(need.pixels / 2)
+    assert (half.patches, half.picture_tokens) == (need.patches // 2, need.picture_tokens // 2)
+    assert half == measure(tmp_path, "auto", need.pixels / 2)

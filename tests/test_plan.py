@@ -1,0 +1,228 @@
+"""The plan for devices that are not here: the real models' numbers against pretended memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from qwenvl_app.loading import footprint, plan
+from qwenvl_app.loading.footprint import Footprint
+from qwenvl_app.loading.plan import GIB, MIB, Plan
+from qwenvl_app.settings import load_settings
+from tests import real_shape
+
+MARGIN = 512 * MIB
+
+
+def published(
+    width: int, layers: int, parameters: float, *, heads: int, vision: int = 1152
+) -> Footprint:
+    """The footprint in bfloat16 on a GPU, from what is known of the published configurations."""
+    config = real_shape.config(width, layers)
+    text, tower = config["text_config"], config["vision_config"]
+    head = text["head_dim"]
+    tower |= {"hidden_size": vision, "intermediate_size": 4304 if vision == 1152 else 4096}
+    return Footprint(
+        parameters=int(parameters),
+        dtype="bfloat16",
+        weights=int(2 * parameters),
+        layers=int(1.6 * parameters),
+        layer=2 * 151936 * width,
+        unread=0,
+        repacked=0,
+        read=0,
+        tokenizers=190 * MIB,
+        kv_token=2 * layers * 8 * head * 2,
+        attention_token=2 * heads * head * 2 + 8 * head * 2,
+        state=0,
+        chunk_token=footprint._chunk_token(text, 2),
+        max_length=262144,
+        patches=65536,
+        picture_tokens=16384,
+        pixels=16777216,
+        tower=footprint._tower(tower, width // 4, 2, cpu=False, eager=False),
+    )
+
+
+M2 = published(2048, 28, 2.13e9, heads=16, vision=1024)
+M4 = published(2560, 36, 4.44e9, heads=32, vision=1024)
+M8 = published(4096, 36, 8.77e9, heads=32)
+M32 = published(5120, 64, 33.4e9, heads=64)
+# What is free on a card before the model comes: 24 GB are 24,564 MiB on a 4090 and 23,034 on an L4,
+# less what CUDA takes for itself.
+CARDS = {"16": 15.6, "L4": 22.0, "24": 23.4, "48": 47.0, "80": 79.0}
+
+
+def make(need: Footprint, *free: float, cpu: bool = False, host: float = 0, **changes) -> Plan:
+    sizes = [int(each * GIB) for each in free]
+    return plan.make(need, load_settings({}, **changes), sizes, cpu=cpu, host=int(host * GIB))
+
+
+# By card, how many of the largest requests (16.8 megapixels, a page of text, 1,024 tokens of
+# answer) run at once; None: it does not start.
+@pytest.mark.parametrize(
+    ("need", "together"),
+    [
+        (M2, {"16": 3, "L4": 4, "24": 4, "48": 4, "80": 4}),
+        (M4, {"16": 1, "L4": 3, "24": 3, "48": 4, "80": 4}),
+        (M8, {"16": None, "L4": 1, "24": 1, "48": 4, "80": 4}),
+        (M32, {"16": None, "L4": None, "24": None, "48": None, "80": 2}),
+    ],
+    ids=["2B", "4B", "8B", "32B"],
+)
+def test_cards(need: Footprint, together: dict[str, int | None]):
+    found = {}
+    for card, free in CARDS.items():
+        made = make(need, free)
+        found[card] = None if made.problem else made.together
+        assert not made.tight
+        if not made.problem:
+            assert made.known == 512 * MIB
+            taken = need.weights + made.room + made.known + MARGIN
+            assert taken <= free * GIB, card  # nothing is promised twice
+    assert found == together
+
+
+def test_a_larger_card_is_used():
+    """Half of what was free went to the KV cache whatever else was needed, and half to nothing."""
+    rooms = [make(M8, CARDS[card]).kv_cache for card in ("L4", "24", "48", "80")]
+    assert rooms == sorted(set(rooms))
+    assert rooms[0] > 4 * GIB
+    # No more than four requests could use, however large the card.
+    assert make(M8, 200).kv_cache == make(M8, 400).kv_cache < 60 * GIB
+
+
+def test_the_numbers_of_8b():
+    """What the README says: 144 KiB a token."""
+    assert M8.kv_token == 144 * 1024
+    assert 2.5 * GIB < M8.tower.peak(65536) < 3.5 * GIB
+
+
+@pytest.mark.parametrize(
+    ("need", "free", "changes", "words"),
+    [
+        (M8, 15.6, {}, "the weights do not fit; what would fit: a quantised or a smaller check"),
+        (
+            M8,
+            19.5,
+            {},
+            "the largest allowed picture does not fit beside the weights; what would fit: "
+            "MAX_IMAGE_MEGAPIXELS=",
+        ),
+        (
+            M8,
+            23.4,
+            {"kv_cache_mb": 7000},
+            "KV_CACHE_MB does not fit beside the weights; what would fit: KV_CACHE_MB=0, which "
+            "makes it 5399 here, or a quantised",
+        ),
+    ],
+)
+def test_what_would_fit_is_said(need: Footprint, free: float, changes: dict[str, int], words: str):
+    made = make(need, free, **changes)
+    assert made.problem
+    assert words in str(made)
+
+
+def test_what_is_advised_works():
+    made = make(M8, 19.5)
+    assert made.problem
+    megapixels = float(made.problem.partition("MAX_IMAGE_MEGAPIXELS=")[2].split(",")[0])
+    assert 5 < megapixels < 16
+    smaller = make(M8.at(megapixels * 1e6), 19.5, max_image_megapixels=megapixels)
+    assert not smaller.problem
+    assert smaller.together >= 1
+
+
+def test_half_the_size_is_advised_where_it_is_known_to_help():
+    made = make(dataclasses.replace(M2, dtype="float32", weights=2 * M2.weights), 6)
+    assert "DTYPE=bfloat16" in str(made)
+
+
+def test_a_cache_that_is_too_small_by_choice():
+    """It starts: whose request is too large is told so."""
+    made = make(M8, 79, kv_cache_mb=1000)
+    assert not made.problem
+    assert "KV_CACHE_MB is too small for the largest request: it is refused" in str(made)
+    assert made.tokens == 1000 * MIB // M8.kv_token
+    assert not made.shared
+    assert made.patch == (0, 0)
+
+
+def test_known_pictures_make_way():
+    assert make(M8, 20.6).known < 512 * MIB
+    assert not make(M8, 20.6).problem
+
+
+def test_eager_attention_is_known_to_be_greedy():
+    """A square of the patches a head: half a terabyte for the largest picture."""
+    tower = footprint._tower(real_shape.config()["vision_config"], 1024, 2, cpu=False, eager=True)
+    made = make(dataclasses.replace(M8, tower=tower), 79)
+    assert made.problem
+    assert "MAX_IMAGE_MEGAPIXELS=" in made.problem
+
+
+def test_pictures_of_every_slot_count_on_a_cpu():
+    """50 megapixels in each of four slots want 3.2 GB for themselves while they are decoded."""
+    made = make(M2, 10, cpu=True)
+    assert not made.problem
+    assert "the largest picture in every slot at once does not fit; what would fit: " in str(made)
+    assert "MAX_CONCURRENCY=" in str(made)
+    assert "MAX_IMAGE_MEGAPIXELS=" in str(made)
+    assert not make(M2, 64, cpu=True).tight
+
+
+def test_several_gpus_leave_room_for_each_layers_keys():
+    """accelerate would fill the first to the brim. Reckoned only: it was not run on GPUs."""
+    made = make(M8, 15.6, 15.6, host=64)
+    assert not made.problem
+    assert not made.offloaded
+    assert made.max_memory
+    first, second = made.max_memory[0], made.max_memory[1]
+    assert first + second >= M8.weights + M8.layer  # a layer is not divided
+    for limit, free, tower in ((first, 15.6, M8.tower.peak(M8.patches)), (second, 15.6, 0)):
+        keys = (made.room + made.known) * limit / M8.layers
+        assert limit + keys + tower <= free * GIB
+    assert made.max_memory["cpu"] == 64 * GIB
+    assert make(M8, 23.4, host=64).max_memory is None
+
+
+def test_what_no_gpu_has_room_for_stays_outside():
+    made = make(M8, 15.6, host=64)
+    assert not made.problem
+    assert 0 < made.offloaded < 7 * GIB
+    assert "of the weights stay outside, and every step is slower" in str(made)
+    assert made.max_memory
+    # One layer's place is for those that are fetched.
+    assert made.max_memory[0] + made.room + MARGIN <= 15.6 * GIB
+    assert make(M8, 15.6, host=2).problem
+    assert make(M8, 15.6).problem  # with DEVICE=cuda
+
+
+def test_the_tower_and_the_cache_share():
+    """What a patch takes is in the KV cache's own bytes, so that the scheduler can reckon."""
+    made = make(M8, 22.0)
+    assert made.shared
+    tower, features = made.patch
+    tokens = (made.kv_cache - features * M8.patches) // M8.kv_token
+    assert tower * M8.patches + features * M8.patches <= made.kv_cache
+    assert tokens >= 16384 + 1000 + 1024
+
+
+def test_a_compiled_step_shares_with_nobody():
+    """Its cache grows in powers of two and keeps what it has: the tower has memory of its own."""
+    made = make(M8, 47, compile="on")
+    assert not made.shared
+    assert made.patch == (0, 0)
+    tokens = made.tokens * M8.token
+    assert M8.weights + tokens + M8.tower.peak(M8.patches) + made.known + MARGIN <= 47 * GIB
+    assert made.tokens < make(M8, 47).tokens
+
+
+def test_recurrent_layers_keep_a_state_for_every_slot():
+    """The engine takes it from the KV cache's budget (``Layout.room``)."""
+    recurrent = dataclasses.replace(M8, state=50 * MIB)
+    made = make(recurrent, 23.4)
+    assert made.kv_cache == made.tokens * M8.kv_token + 4 * 50 * MIB
+    assert made.tokens < make(M8, 23.4).tokens
