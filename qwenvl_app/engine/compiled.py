@@ -14,7 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Cache
+from torch.nn import functional as F
+from transformers import AttentionInterface, Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qwenvl_app.engine.kv_cache import FEWEST_ROWS, SlotCache, power_of_two
 from qwenvl_app.errors import ModelLoadError
@@ -81,6 +83,35 @@ def _mark(inputs: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Ten
     torch._dynamo.mark_dynamic(inputs, 1)
     for tensor in (*keys, *values):
         torch._dynamo.mark_dynamic(tensor, (0, 2))
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """What ``sdpa`` is in transformers, but heads share keys and values when compiled, too.
+
+    For one query token it takes the heads that share them for as many tokens of one head; but under
+    torch.compile it copies keys and values for every head, which may be more than all weights.
+    """
+    rows, heads, width, size = query.shape
+    if width > 1:
+        result: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **rest
+        )
+        return result
+    packed = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
+    attended = F.scaled_dot_product_attention(packed, key, value, attention_mask, scale=scaling)
+    return attended.reshape(rows, 1, heads, size), None
+
+
+ATTENTION = "sdpa_packed"
+AttentionInterface.register(ATTENTION, _attend)
 
 
 class _Cells(Cache):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qwenvl_app.engine.compiled import CompiledDecode
+from qwenvl_app.engine.compiled import ATTENTION, CompiledDecode
 from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
 from qwenvl_app.engine.memory import place
@@ -115,6 +115,8 @@ class Runner:
                 "COMPILE=on does not know this model's recurrent layers: set COMPILE=off"
             )
         self._compiled = CompiledDecode(self._step) if compiled else None
+        if compiled and self._text.config._attn_implementation == "sdpa":
+            self._text.set_attn_implementation(ATTENTION)
         places = {self.device, self._device, *(p.device for p in model.parameters())}
         if compiled and len(places) > 1:
             raise ModelLoadError(
