@@ -99,8 +99,9 @@ def _device(settings: Settings) -> Finding:
         return Finding(Level.OK, "device", f"{wanted}: {names}")
     level = Level.OK if wanted == "cpu" or settings.model == "demo" else Level.WARN
     threads = cpu.threads(settings.cpu_threads)
+    counted = "1 thread" if threads == 1 else f"{threads} threads"
     more = "" if wanted == "cpu" else f" ({_no_gpu()})"
-    return Finding(level, "device", f"the CPU, {threads} threads of one product{more}")
+    return Finding(level, "device", f"the CPU, {counted} for a product{more}")
 
 
 def _no_gpu() -> str:
