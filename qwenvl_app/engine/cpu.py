@@ -16,7 +16,7 @@ _CORES = torch.get_num_threads()  # as torch found them: affinity and OMP_NUM_TH
 # for 64 was never behind one for fewer.
 _ROWS = 64
 # Elements below which the plain product, whose every call costs less, is no slower.
-_LEAST = 2**16
+LEAST = 2**16
 # What oneDNN applies on the way: the activation costs next to nothing then. In transformers' MLPs
 # it is ``act_fn``, and comes behind one of these layers and no other.
 _FUSED = {
@@ -81,4 +81,4 @@ def pack(model: nn.Module) -> None:
 
 def _fits(weight: torch.Tensor) -> bool:
     plain = weight.device.type == "cpu" and weight.dtype is torch.float32
-    return plain and weight.numel() >= _LEAST
+    return plain and weight.numel() >= LEAST

@@ -1,7 +1,7 @@
 """What a checkpoint will take of memory, from its files' headers: nothing is loaded for it.
 
 Each figure is a sum of parts that can be pointed at in the code that allocates them;
-``tests/test_host_memory.py`` holds the sums against processes that were measured.
+``tests/e2e/test_memory.py`` holds the sums against processes that were measured.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qwenvl_app.engine import cpu as cpu_layout
 from qwenvl_app.loading.files import image_settings
 from qwenvl_app.loading.weights import weight_files
 
@@ -30,7 +31,6 @@ _STORED = {  # others take one byte
 _TOKENIZERS = 2 * 8.5
 _LAYER = re.compile(r".*\blayers\.\d+\.")
 _LINEAR = "linear_attention"  # with a state of fixed size in place of keys and values
-_PACKED = 2**17  # elements from which a product is packed: engine/cpu.py
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _weights(
         "layers": sum(taken for name, taken in undivided.items() if _LAYER.match(name)),
         "layer": max(undivided.values(), default=0),
         "unread": unread,
-        "repacked": embedding if packed and tied and embedding // size >= _PACKED else 0,
+        "repacked": embedding if packed and tied and embedding // size >= cpu_layout.LEAST else 0,
         "read": mapped - unread if packed else 0,
     }
 
