@@ -1,78 +1,74 @@
-"""The replaced service's way of answering, behind the same HTTP: one ``generate`` at a time.
+"""The replaced service, to compare with: all of a request in one thread, one request at a time.
 
-It ran the whole of a request inside an ``async def``: preparing the picture, generating, decoding,
-while everybody else waited. Served by ``gunicorn -c config/gunicorn.conf.py
-benchmarks.original:app``, so that what a comparison shows is the engine and nothing else.
+It did everything inside an ``async def``: wrote the upload to disk, read it back, prepared it with
+transformers' own processor, called ``generate`` and deleted the file, while everybody else waited.
+So does this one, in gunicorn's stock worker with one thread (``OPTIONS``). Under FastAPI and
+uvicorn, as it was, it is up to a tenth faster still (``benchmarks/RESULTS.md``).
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+import uuid
+from pathlib import Path
+from tempfile import gettempdir
 
 import torch
+from flask import Flask, Response, jsonify, request
+from PIL import Image
 
-from qwenvl_app import create_app
 from qwenvl_app.engine.model import LoadedModel
-from qwenvl_app.generation import (
-    BackendStats,
-    Delta,
-    FinishReason,
-    GenerationRequest,
-    Phase,
-    Status,
-)
 from qwenvl_app.loading.load import load
-from qwenvl_app.settings import Settings, load_settings
-from tests.engines import inputs_of
+from qwenvl_app.settings import load_settings
+
+APP = "benchmarks.original:create_app()"
+OPTIONS = ("--worker-class", "gthread", "--threads", "1", "--timeout", "600")
 
 
-def answer(loaded: LoadedModel, request: GenerationRequest, max_new_tokens: int) -> str:
+def prepare(loaded: LoadedModel, picture: Path, prompt: str) -> dict[str, torch.Tensor]:
+    """Inputs of ``generate``, as the processor's ``apply_chat_template`` makes them.
+
+    The processor itself wants torchvision, see ``loading/processing.py``; its parts do not.
+    """
+    text = loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    image = Image.open(picture).convert("RGB")
+    inputs = dict(loaded.image_processor(images=[image], return_tensors="pt"))
+    pad = loaded.tokenizer.convert_ids_to_tokens(loaded.model.config.image_token_id)
+    merged = int(inputs["image_grid_thw"].prod()) // loaded.image_processor.merge_size**2
+    inputs |= dict(loaded.tokenizer([str(text).replace(pad, pad * merged)], return_tensors="pt"))
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == loaded.model.config.image_token_id).long()
+    return {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}
+
+
+def answer(loaded: LoadedModel, picture: Path, prompt: str, max_new_tokens: int) -> str:
     """Inputs, ``generate``, text."""
-    inputs = inputs_of(loaded, request)
-    with torch.inference_mode():
-        output = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens)
+    inputs = prepare(loaded, picture, prompt)
+    output = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens)
     ids = output[:, inputs["input_ids"].shape[1] :]
     return str(loaded.tokenizer.batch_decode(ids, skip_special_tokens=True)[0])
 
 
-class Done:
-    """A finished answer as a generation."""
+def create_app() -> Flask:
+    """The one route, and what ``tests.e2e.server`` waits for."""
+    settings = load_settings()
+    loaded = load(settings.model)
+    app = Flask(__name__)
 
-    def __init__(self, text: str):
-        self._text = text
+    @app.get("/readyz")
+    def ready() -> dict[str, str]:
+        return {"phase": "ready"}
 
-    def __iter__(self) -> Iterator[Delta]:
-        yield Delta(self._text, FinishReason.STOP)
+    @app.post("/v1/image/recognize")
+    def recognize() -> Response:
+        picture = Path(gettempdir()) / f"{uuid.uuid4()}.png"
+        try:
+            picture.write_bytes(request.files["image"].read())
+            text = answer(loaded, picture, request.form["prompt"], settings.max_new_tokens)
+            return jsonify(status="success", result=text)
+        finally:
+            picture.unlink()
 
-    def cancel(self) -> None:
-        """Too late."""
-
-
-class OneAtATime:
-    """See ``backends.Backend``."""
-
-    def __init__(self, settings: Settings):
-        self._loaded, self._limit = load(settings.model), settings.max_new_tokens
-        self._lock = threading.Lock()
-        self._status = Status(Phase.READY)
-
-    def status(self) -> Status:
-        """See ``backends.Backend``."""
-        return self._status
-
-    def stats(self) -> BackendStats:
-        """See ``backends.Backend``."""
-        return BackendStats()
-
-    def generate(self, request: GenerationRequest) -> Done:
-        """See ``backends.Backend``."""
-        with self._lock:
-            return Done(answer(self._loaded, request, self._limit))
-
-    def close(self) -> None:
-        """See ``backends.Backend``."""
-
-
-settings = load_settings()
-app = create_app(settings, OneAtATime(settings))
+    return app

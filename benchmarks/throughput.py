@@ -1,8 +1,8 @@
 """What continuous batching brings, over HTTP: ``python -m benchmarks.throughput``.
 
-Three services on loopback with the same checkpoint take turns with the same work: ours, and the
-replaced one's way (one ``generate`` at a time, ``benchmarks.original``); ``generate`` itself, in
-this process and with no server, is measured beside them. Ratios are of paired blocks of one run.
+Two services on loopback with the same checkpoint take turns with the same work: ours, and the
+replaced one (one request at a time, ``benchmarks.original``); ``generate`` itself, in this process
+and with no server, is measured beside them. Ratios are of paired blocks of one run.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.checkpoints import write_checkpoint
-from benchmarks.original import answer
+from benchmarks.original import APP, OPTIONS, answer
 from demo.evaluate import Case, ask, package_cases
-from qwenvl_app.generation import GenerationRequest
 from qwenvl_app.loading.load import load
 from tests.e2e.server import Server
 
@@ -84,13 +83,14 @@ def long_answers(folder: Path, blocks: int, report: dict[str, float]) -> None:
         return [Case("", noise(rng, 128), "image/png", "what is it?", "") for _ in range(count)]
 
     def alone() -> float:
-        image = Image.open(io.BytesIO(cases(1)[0].image)).convert("RGB")
+        picture = folder / "alone.png"
+        picture.write_bytes(cases(1)[0].image)
         began = time.perf_counter()
-        answer(loaded, GenerationRequest(image, "what is it?", ""), NEW_TOKENS)
+        answer(loaded, picture, "what is it?", NEW_TOKENS)
         return time.perf_counter() - began
 
     ours = Server(folder / "ours-long" / "log", **options)
-    theirs = Server(folder / "original-long" / "log", "benchmarks.original:app", **options)
+    theirs = Server(folder / "original-long" / "log", APP, OPTIONS, **options)
     try:
         ours.wait(), theirs.wait()
         one = paired(
@@ -125,7 +125,7 @@ def short_answers(folder: Path, blocks: int, report: dict[str, float]) -> None:
     by_picture = {case.image: case for case in package_cases()}
     cases = list(by_picture.values())
     ours = Server(folder / "ours-short" / "log")
-    theirs = Server(folder / "original-short" / "log", "benchmarks.original:app")
+    theirs = Server(folder / "original-short" / "log", APP, OPTIONS)
     try:
         ours.wait(), theirs.wait()
         for clients in (1, 4):

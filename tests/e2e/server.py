@@ -18,9 +18,11 @@ FAKE = "tests.e2e.fake_app:app"  # without a model: starts in a second
 
 
 class Server:
-    """A gunicorn that serves ``app``; ended by its process id."""
+    """A gunicorn that serves ``app``, with more ``options`` if need be; ended by its process id."""
 
-    def __init__(self, log: Path, app: str = "wsgi:app", **settings: str):
+    def __init__(
+        self, log: Path, app: str = "wsgi:app", options: tuple[str, ...] = (), **settings: str
+    ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
@@ -31,7 +33,7 @@ class Server:
         environ = {k: v for k, v in os.environ.items() if not k.startswith("QWENVL_")}
         environ["TMPDIR"] = str(self.tmp)
         command = [sys.executable, "-m", "gunicorn", "-c", "config/gunicorn.conf.py"]
-        command += ["--bind", f"127.0.0.1:{self.port}", app]
+        command += ["--bind", f"127.0.0.1:{self.port}", *options, app]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environ | settings, stdout=output, stderr=output
