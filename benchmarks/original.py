@@ -3,7 +3,7 @@
 It did everything inside an ``async def``: wrote the upload to disk, read it back, prepared it with
 transformers' own processor, called ``generate`` and deleted the file, while everybody else waited.
 So does this one, in gunicorn's stock worker with one thread (``OPTIONS``). Under FastAPI and
-uvicorn, as it was, it is up to a tenth faster still (``benchmarks/RESULTS.md``).
+uvicorn, as it was, it is a little faster still (``benchmarks/RESULTS.md``).
 """
 
 from __future__ import annotations
