@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
 from qwenvl_app.engine import cpu
 from qwenvl_app.loading.load import load
@@ -28,6 +29,27 @@ def test_a_packed_layer_is_the_layer(shape, bias):
     x = torch.randn(shape)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), plain(x), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", cpu._NORMS)
+def test_a_norm_in_one_call_is_the_norm_to_the_last_bit(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(192, eps=1e-6))
+    nn.init.normal_(model[0].weight)
+    plain = copy.deepcopy(model)
+    cpu.pack(model)
+    assert isinstance(model[0], cpu.Norm)
+    for shape in ((1, 1, 192), (4, 1, 192), (3, 70, 6, 192)):
+        x = torch.randn(shape) * 10
+        with torch.inference_mode():
+            assert torch.equal(model(x), plain(x))
+
+
+def test_a_norm_of_another_kind_stays():
+    """Qwen3.5's adds one to its weight."""
+    model = nn.Sequential(Qwen3_5RMSNorm(192))
+    cpu.pack(model)
+    assert type(model[0]) is Qwen3_5RMSNorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

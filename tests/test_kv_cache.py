@@ -75,6 +75,19 @@ def test_a_chunk_behind_what_is_there_sees_all_of_its_own_row():
     assert cache.save(0, 3)[0][0][0, :, 0].tolist() == [5, 2, 0]
 
 
+def test_rows_side_by_side_and_equally_long_are_written_in_one_go():
+    """And what pads the shorter one lies behind its end, where the next token goes."""
+    cache = SlotCache(LAYOUT)
+    cache.fit(4, 10)
+    write(cache, [1, 2], [0, 0], [3, 2], value=1.0)
+    mask, keys, _ = write(cache, [1, 2], [3, 2], [1, 1], value=2.0)  # in two goes: other places
+    assert keys[:, 0, :, 0].tolist() == [[1, 1, 1, 2], [1, 1, 2, 0]]
+    assert mask[:, 0, 0].int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    _, keys, _ = write(cache, [1, 2, 3], [3, 3, 3], [2, 1, 2], value=3.0)
+    assert keys[:, 1, :, 2].tolist() == [[1, 1, 1, 3, 3], [1, 1, 2, 3, 3], [0, 0, 0, 3, 3]]
+    assert cache.save(0, 10)[0][0].eq(0).all()
+
+
 def test_a_first_chunk_need_not_be_read_back():
     cache = SlotCache(LAYOUT)
     cache.fit(2, 4)

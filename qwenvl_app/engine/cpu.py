@@ -1,4 +1,4 @@
-"""What a CPU needs to be quick: weights laid out once, and one core for others.
+"""What a CPU needs to be quick: weights laid out once, fewer calls, and one core for others.
 
 The usual product of a few rows with a weight lays the weight out anew in every call, which takes
 longer than the product itself. oneDNN does that once, at load, with the calls that torch.compile
@@ -7,9 +7,15 @@ makes for a frozen model (torch/_inductor/mkldnn_lowerings.py).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.activations import GELUTanh, SiLUActivation
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextRMSNorm
 
 _CORES = torch.get_num_threads()  # as torch found them: affinity and OMP_NUM_THREADS counted in
 # Rows that the layout is chosen for. Any number of rows may come; measured with 1 to 512, a layout
@@ -25,6 +31,8 @@ _FUSED = {
     SiLUActivation: ("swish", ""),
 }
 _BEFORE = ("linear_fc1", "gate_proj")
+# Not Qwen3.5's, which adds one to its weight, or has a gate.
+_NORMS = (Qwen2_5_VLRMSNorm, Qwen3VLTextRMSNorm, Qwen3VLMoeTextRMSNorm)
 
 
 class PackedLinear(nn.Module):
@@ -48,6 +56,19 @@ class PackedLinear(nn.Module):
         return y
 
 
+class Norm(nn.Module):
+    """transformers' RMSNorm, which makes six calls, in one; the same to the last bit."""
+
+    def __init__(self, norm: Any):
+        super().__init__()
+        self.weight: torch.Tensor = norm.weight
+        self._epsilon: float = norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the last dimension."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self._epsilon)
+
+
 def use_threads(count: int) -> None:
     """Threads of one product, 0 for all cores but one. For threads that have not used torch yet."""
     torch.set_num_threads(threads(count))
@@ -59,7 +80,7 @@ def threads(count: int) -> int:
 
 
 def pack(model: nn.Module) -> None:
-    """Replace the large linear layers of ``model`` that are in float32 on a CPU; others stay.
+    """Replace norms and large linear layers of ``model`` in float32 on a CPU; others stay.
 
     Memory is taken for one layer at a time, unless a weight is shared (the embeddings').
     """
@@ -70,7 +91,9 @@ def pack(model: nn.Module) -> None:
         for parent in [m for m in model.modules() if not isinstance(m, nn.Linear)]:
             for name in [name for name, _ in parent.named_children()]:
                 child = parent.get_submodule(name)
-                if type(child) is nn.Linear and _fits(child.weight):
+                if isinstance(child, _NORMS) and _plain(child.weight):
+                    setattr(parent, name, Norm(child))
+                elif type(child) is nn.Linear and _fits(child.weight):
                     then = _FUSED.get(type(getattr(parent, "act_fn", None)))
                     if then and name in _BEFORE:
                         parent.act_fn = nn.Identity()
@@ -79,6 +102,9 @@ def pack(model: nn.Module) -> None:
                         setattr(parent, name, PackedLinear(child))
 
 
+def _plain(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype is torch.float32
+
+
 def _fits(weight: torch.Tensor) -> bool:
-    plain = weight.device.type == "cpu" and weight.dtype is torch.float32
-    return plain and weight.numel() >= LEAST
+    return _plain(weight) and weight.numel() >= LEAST

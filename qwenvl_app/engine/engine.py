@@ -215,13 +215,14 @@ class Engine:
         self._inbox.clear()
 
     def step(self) -> None:
-        """One step of all that are here: schedule, run, post-process."""
+        """One step: schedule, prefill, decode also those whose prompt has just ended."""
         self.steps += 1
         self.step_began = time.monotonic()
         try:
-            plan = self._schedule()
-            outcomes = self._executor.execute(plan, self._scheduler.rows)
-            self._post_process(outcomes)
+            rows, executor = self._scheduler.rows, self._executor
+            self._post_process(executor.prefill(self._schedule(), rows))
+            self._post_process(executor.decode(self._scheduler.complete(), rows))
+            executor.shrink(rows)
         except Exception as error:
             self._fail(error)
         finally:
@@ -250,7 +251,6 @@ class Engine:
                 end = InternalError(FAILED)
             if end is not None:
                 self._end(sequence, end)
-        self._executor.shrink(self._scheduler.rows)
 
     def _take(
         self, sequence: Sequence, outcome: int | ServiceError

@@ -53,9 +53,8 @@ class Executor:
             sequence.computed = sequence.cached = prefix.length
             sequence.prefix = sequence.inputs.pixels = None
 
-    def execute(self, plan: Plan[Sequence], rows: list[Sequence]) -> list[Outcome]:
-        """The model's work of a step: what became of each sequence that has a next token."""
-        outcomes: list[Outcome] = []
+    def prefill(self, plan: Plan[Sequence], rows: list[Sequence]) -> list[Outcome]:
+        """A step's pictures and prompts: what became of each whose prompt is complete now."""
         widths = {id(sequence): width for sequence, width in plan.prefill}
         self.cache.fit(
             len(rows), max((row.computed + widths.get(id(row), 1) + 1 for row in rows), default=0)
@@ -64,35 +63,40 @@ class Executor:
             self._encode(plan.encode)
         else:
             self._encoding = None  # whose pictures were in it has left
-        if plan.prefill:
-            sequences = [sequence for sequence, _ in plan.prefill]
-            logits = self.runner.prefill(
-                self.cache,
-                sequences,
-                [rows.index(sequence) for sequence in sequences],
-                [width for _, width in plan.prefill],
-            )
-            for sequence, width in plan.prefill:
-                sequence.computed += width
-            outcomes += self._pick(sequences, logits, rows)
-            failed = [sequence for sequence, end in outcomes if isinstance(end, ServiceError)]
-            self._save_prefixes([s for s in sequences if s not in failed], rows)
-        if plan.decode:
-            # All rows, so that they are one slice of the cache; also those being prefilled.
-            others = [number for number, row in enumerate(rows) if row not in plan.decode]
-            with self.cache.kept(others):
-                logits = self.runner.decode(
-                    self.cache,
-                    [row.tokens[-1] if row.tokens else 0 for row in rows],
-                    [row.position for row in rows],
-                    [row.computed for row in rows],
-                )
-            for sequence in plan.decode:
-                sequence.computed += 1
-            if len(plan.decode) < len(rows):
-                logits = logits[[rows.index(sequence) for sequence in plan.decode]]
-            outcomes += self._pick(plan.decode, logits, rows)
+        if not plan.prefill:
+            return []
+        sequences = [sequence for sequence, _ in plan.prefill]
+        logits = self.runner.prefill(
+            self.cache,
+            sequences,
+            [rows.index(sequence) for sequence in sequences],
+            [width for _, width in plan.prefill],
+        )
+        for sequence, width in plan.prefill:
+            sequence.computed += width
+        outcomes = self._pick(sequences, logits, rows)
+        failed = [sequence for sequence, end in outcomes if isinstance(end, ServiceError)]
+        self._save_prefixes([s for s in sequences if s not in failed], rows)
         return outcomes
+
+    def decode(self, sequences: list[Sequence], rows: list[Sequence]) -> list[Outcome]:
+        """One more token for each of ``sequences``, whose prompts are complete."""
+        if not sequences:
+            return []
+        # All rows, so that they are one slice of the cache; also those being prefilled.
+        others = [number for number, row in enumerate(rows) if row not in sequences]
+        with self.cache.kept(others):
+            logits = self.runner.decode(
+                self.cache,
+                [row.tokens[-1] if row.tokens else 0 for row in rows],
+                [row.position for row in rows],
+                [row.computed for row in rows],
+            )
+        for sequence in sequences:
+            sequence.computed += 1
+        if len(sequences) < len(rows):
+            logits = logits[[rows.index(sequence) for sequence in sequences]]
+        return self._pick(sequences, logits, rows)
 
     def _encode(self, encode: Encode[Sequence]) -> None:
         if encode.first == 0:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers import Cache
 
+Box = tuple[slice, slice, slice]  # rows, heads, tokens
+
 BLOCK = 128  # tokens; rows grow by so many at a time
 FEWEST_ROWS = 2  # of a roomy cache: torch.compile would make a special case of one
 FLOOR = 4 * BLOCK  # tokens in all rows that are not worth giving back
@@ -95,6 +97,8 @@ class SlotCache(Cache):
         self._widths: list[int] = []
         self._indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._length = 0
+        self._block: Box | None = None  # of a tensor: where all that is new goes, if it is one box
+        self._live: Box | None = None  # what is attended to, if it is one
 
     @property
     def bytes(self) -> int:
@@ -173,6 +177,13 @@ class SlotCache(Cache):
         self._length = max(
             start + width for start, width in zip(self._starts, self._widths, strict=True)
         )
+        first, count, start = self._rows[0], len(rows), self._starts[0]
+        self._block = self._live = None
+        if self._rows == list(range(first, first + count)):
+            here, every = slice(first, first + count), slice(None)
+            self._live = here, every, slice(self._length)
+            if self._starts == [start] * count:
+                self._block = here, every, slice(start, start + widest)
         device = self.layout.devices[0]
         last = torch.tensor(self._starts, device=device)[:, None]
         if widest > 1:
@@ -190,7 +201,10 @@ class SlotCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new keys and values (rows, heads, widest, head_dim); returns all to attend to."""
         keys, values = self._keys[layer_idx], self._values[layer_idx]
-        if key_states.shape[2] == 1:
+        if self._block:
+            # What pads a row comes too: behind its end, where it is not looked at.
+            keys[self._block], values[self._block] = key_states, value_states
+        elif key_states.shape[2] == 1:
             rows, places = self._index(keys.device)
             keys[rows, :, places] = key_states[:, :, 0]
             values[rows, :, places] = value_states[:, :, 0]
@@ -200,14 +214,12 @@ class SlotCache(Cache):
             ):
                 keys[row, :, start : start + width] = key_states[number, :, :width]
                 values[row, :, start : start + width] = value_states[number, :, :width]
-            if not any(self._starts):  # nothing came before
-                return key_states, value_states
-        keys, values = keys[:, :, : self._length], values[:, :, : self._length]
-        count = len(self._rows)
-        if self._rows == list(range(count)):
-            return keys[:count], values[:count]
+        if not any(self._starts):  # nothing came before
+            return key_states, value_states
+        if self._live:
+            return keys[self._live], values[self._live]
         rows, _ = self._index(keys.device)
-        return keys[rows], values[rows]
+        return keys[rows, :, : self._length], values[rows, :, : self._length]
 
     def _index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self._indices:

@@ -59,11 +59,10 @@ class Encode(Generic[J]):
 
 @dataclass
 class Plan(Generic[J]):
-    """One step. Prefill: (sequence, tokens); the other rows of ``decode`` get one token each."""
+    """What comes before a step's decode; prefill: (sequence, tokens)."""
 
     encode: Encode[J] | None = None
     prefill: list[tuple[J, int]] = field(default_factory=list)
-    decode: list[J] = field(default_factory=list)
 
 
 class Scheduler(Generic[J]):
@@ -105,10 +104,9 @@ class Scheduler(Generic[J]):
         return self.rows[first:]
 
     def plan(self) -> Plan[J]:
-        """What the next step does. Sequences whose picture it finishes are in its prefill too."""
+        """What the next step prefills. Sequences whose picture it finishes are in it too."""
         plan: Plan[J] = Plan(encode=self._plan_encode())
         done = plan.encode.jobs if plan.encode and plan.encode.last == self._depth else []
-        plan.decode = [job for job in self.rows if job.computed >= job.prompt_length]
         widest = 0
         for job in self._order:
             end = job.boundary if job.computed < job.boundary else job.prompt_length
@@ -121,6 +119,10 @@ class Scheduler(Generic[J]):
                 plan.prefill.append((job, width))
                 widest = max(widest, width)
         return plan
+
+    def complete(self) -> list[J]:
+        """Those that get a token by decoding, in order of rows."""
+        return [job for job in self.rows if job.computed >= job.prompt_length]
 
     def remove(self, job: J) -> tuple[int, int] | None:
         """Take ``job`` out wherever it is; returns (from, to) if a row has to move for that."""
