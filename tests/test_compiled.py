@@ -10,6 +10,7 @@ import torch
 
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import compiled
+from qwenvl_app.engine.cpu import pack
 from qwenvl_app.engine.kv_cache import BLOCK, Layout, SlotCache
 from qwenvl_app.errors import InternalError
 from qwenvl_app.generation import Phase
@@ -45,7 +46,10 @@ class Replayed:
 def asked():
     wild = spread(load("demo"))
     rng = random.Random(11)
-    return wild, [(each, generate(wild, each)) for each in (random_request(rng) for _ in range(40))]
+    requests = [random_request(rng) for _ in range(40)]
+    pairs = [(each, generate(wild, each)) for each in requests]
+    pack(wild.model)
+    return wild, pairs
 
 
 @pytest.mark.parametrize("slots", [1, 4, 16])

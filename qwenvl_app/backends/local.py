@@ -112,8 +112,7 @@ class LocalBackend:
             max_memory=plan.max_memory,
             say=self._say,
         )
-        if not compiled:  # which lays weights out by itself
-            cpu.pack(loaded.model)
+        cpu.pack(loaded.model)
         options = engines.EngineOptions(
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,

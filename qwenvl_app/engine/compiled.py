@@ -69,6 +69,9 @@ class CompiledDecode:
             return graph.replay(inputs)[:count]
         keys, values = cache.first(rows)
         if not self._compiled:
+            # Packed weights (see cpu.py) are opaque: torch.compile takes them as constants only. It
+            # would pack others by itself, and keep both.
+            torch._inductor.config.freezing = keys[0].is_cpu and keys[0].dtype is torch.float32
             _mark(inputs, keys, values)
             self._compiled = True
         if _records(inputs.device) and rows in self._graphs:
