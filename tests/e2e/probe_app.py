@@ -23,13 +23,13 @@ _last_step: dict[str, float] = {}  # request id: when a step last worked for it
 _waits: list[float] = []  # seconds that each waited who got a permit
 _granted: list[int] = []  # the queue's numbers, in the order in which they got their permits
 _numbers = itertools.count()
-_execute, _admit = Executor.execute, Admission.admit
+_prefill, _admit = Executor.prefill, Admission.admit
 
 
-def _slow(self, plan, rows):
+def _slow(self, plan, rows):  # once a step, for all rows
     time.sleep(STEP_S)
     _last_step.update((row.request_id, time.monotonic()) for row in rows)
-    return _execute(self, plan, rows)
+    return _prefill(self, plan, rows)
 
 
 class NumberedTurn(admissions._Turn):
@@ -53,7 +53,7 @@ def _recorded(self: Admission, caller: Caller) -> Iterator[float]:
 
 
 admissions._Turn = NumberedTurn  # type: ignore[misc]
-Executor.execute = _slow  # type: ignore[method-assign]
+Executor.prefill = _slow  # type: ignore[method-assign]
 Admission.admit = _recorded  # type: ignore[method-assign]
 app = create_app()
 
