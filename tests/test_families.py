@@ -97,6 +97,7 @@ def test_compiled(wild, asked):
         with pytest.raises(ModelLoadError, match="does not know this model's recurrent layers"):
             Runner(wild.model, compiled=True)
         return
+    cpu.pack(wild.model)  # as the backend does
     with running(wild, compiled=True) as engine:
         pairs = [(engine.submit(each), solo) for each, solo in asked]
         for sequence, _ in pairs:
