@@ -14,9 +14,7 @@ import random
 import statistics
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -28,7 +26,7 @@ from PIL import Image
 
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.original import APP, OPTIONS
-from benchmarks.throughput import NEW_TOKENS, noise, paired, ratio
+from benchmarks.throughput import NEW_TOKENS, answered, noise, paired, ratio
 from demo.evaluate import Case, ask, package_cases
 from tests.e2e.server import Server
 
@@ -96,10 +94,7 @@ def measure(ways: dict[str, Callable[[Case], str]], work: Work, clients: int, bl
 
     def turn(name: str) -> float:
         cases = list(islice(work.cases, work.each * clients))
-        began = time.perf_counter()
-        with ThreadPoolExecutor(clients) as pool:
-            answers = list(pool.map(ways[name], cases))
-        spent = time.perf_counter() - began
+        spent, answers = answered(ways[name], cases, clients)
         if not work.exact:
             pairs = zip(answers, cases, strict=True)
             wrong[name] += sum(answer.strip() != case.expected for answer, case in pairs)

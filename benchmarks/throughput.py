@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +41,22 @@ def noise(rng: random.Random, side: int) -> bytes:
     return buffer.getvalue()
 
 
-def timed(url: str, cases: list[Case], clients: int) -> float:
-    """Seconds in which ``clients`` at once get all answers."""
+def answered(
+    way: Callable[[Case], str], cases: list[Case], clients: int
+) -> tuple[float, list[str]]:
+    """Seconds in which ``clients`` at once get all answers, and those. Raises for an error."""
     began = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(lambda case: ask(url, case), cases))
+        answers = list(pool.map(way, cases))
     spent = time.perf_counter() - began
-    if bad := [text for text in answers if text[:4] in ("500 ", "503 ")]:
+    if bad := [text for text in answers if text[:4] in ("500 ", "503 ", "504 ")]:
         raise RuntimeError(bad[0])
-    return spent
+    return spent, answers
+
+
+def timed(url: str, cases: list[Case], clients: int) -> float:
+    """Seconds in which ``clients`` at once get all answers."""
+    return answered(partial(ask, url), cases, clients)[0]
 
 
 def paired(ways: dict[str, Callable[[], float]], blocks: int, title: str) -> dict[str, list[float]]:
