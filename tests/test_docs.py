@@ -13,25 +13,38 @@ from qwenvl_app import backends, errors, images
 from qwenvl_app.settings import DEFAULTS, PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = ["README.md", "README.zh-CN.md"]
+LANGUAGES = ["", ".zh-CN"]
+READMES = [f"README{language}.md" for language in LANGUAGES]
+PAGES = [*READMES, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
 def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_the_settings_table(name: str):
-    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `(.+?)` \| .+ \|$", read(name), re.MULTILINE)
+def commands(name: str) -> list[str]:
+    """What a page's code blocks say, without comments and Chinese or English text in quotes."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", read(name), re.MULTILINE | re.DOTALL)
+    lines = [
+        re.sub(r"\s*#.*|(?<='prompt=).*?(?=')", "", line) for line in "".join(blocks).split("\n")
+    ]
+    return [line for line in lines if not re.search("[^\x00-\x7f]|[\"']prompt", line)]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_settings_table(language: str):
+    page = read(f"docs/settings{language}.md")
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `(.+?)` \| .+ \|$", page, re.MULTILINE)
     defaults = tomllib.loads(DEFAULTS.read_text(encoding="utf-8"))
     expected = [(key, PREFIX + key.upper(), json.dumps(defaults[key])) for key in defaults]
     assert rows == expected
     assert list(defaults) == list(Settings.model_fields)
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_the_errors_table_has_every_chinese_detail(name: str):
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_errors_table_has_every_chinese_detail(language: str):
     """Every sentence that the code can answer with begins as one in the table does."""
+    name = f"docs/errors{language}.md"
     table = read(name)
     sources = [Path(module.__file__ or "") for module in (backends, errors, images)]
     sources += sorted((ROOT / "qwenvl_app").rglob("*.py"))
@@ -44,10 +57,45 @@ def test_the_errors_table_has_every_chinese_detail(name: str):
         assert sentence.strip() in table, f"{sentence} is not in {name}"
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", PAGES)
 def test_files_that_are_linked_exist(name: str):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", read(name)):
-        assert (ROOT / target).exists(), target
+        assert ((ROOT / name).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_is_found_from_the_readme(name: str):
+    """From that of its own language; the page in the other language is linked at its top."""
+    if name not in READMES:
+        readme = "README.zh-CN.md" if ".zh-CN" in name else "README.md"
+        assert f"({name})" in read(readme)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_a_readme_is_one_screen_of_text(name: str):
+    assert len(read(name).splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", [page for page in PAGES if ".zh-CN" in page])
+def test_both_languages_name_the_same(name: str):
+    english, chinese = read(name.replace(".zh-CN", "")), read(name)
+    assert commands(name) == commands(name.replace(".zh-CN", ""))
+    # What stands in a code span: settings, paths, values; sentences differ by language.
+    spans = [
+        sorted({span for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page) if span.isascii()})
+        for page in (english, chinese)
+    ]
+    assert spans[0] == spans[1]
+    # Statuses of errors, and each row's sentences.
+    rows = [
+        re.findall(r"^\| (\d{3}(?:\D+\d{3})?) \| (.+?) \|", page, re.MULTILINE)
+        for page in (english, chinese)
+    ]
+    told = [
+        [(re.findall(r"\d{3}", row), re.findall(r"`([^`]+)`", text)) for row, text in page]
+        for page in rows
+    ]
+    assert told[0] == told[1]
 
 
 def test_every_dependency_has_its_reason():
