@@ -9,12 +9,16 @@ ifdef MODEL
 export QWENVL_MODEL := $(MODEL)
 endif
 
-.PHONY: run test test-gpu check format bench demo clean
+.PHONY: run test test-all test-gpu check format bench demo clean
 
 run: $(VENV)/runtime
 	$(BIN)/gunicorn -c config/gunicorn.conf.py --bind $(HOST):$(PORT) wsgi:app
 
+# Everything but what repeats a proof for longer or in more variants, on both cores.
 test: $(VENV)/dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(VENV)/dev
 	$(BIN)/python -m pytest
 
 # What needs a GPU. Where torch sees none nothing is collected, which counts as a failure.

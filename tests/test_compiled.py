@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -52,8 +53,14 @@ def asked():
     return wild, pairs
 
 
-@pytest.mark.parametrize("slots", [1, 4, 16])
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(
+    ("slots", "recorded"),
+    [
+        (4, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in product((1, 16), (False, True))),
+        pytest.param(4, False, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_tokens_are_those_of_generate(asked, slots, recorded, monkeypatch):
     if recorded:
         monkeypatch.setattr(compiled, "Graph", Replayed)

@@ -54,7 +54,12 @@ def recurrent(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("model", "seed"), [("wild", 0), ("wild", 1), ("wild", 2), ("recurrent", 3)]
+    ("model", "seed"),
+    [
+        ("wild", 0),
+        ("recurrent", 3),
+        *(pytest.param("wild", seed, marks=pytest.mark.slow) for seed in (1, 2)),
+    ],
 )
 def test_fuzz(request, monkeypatch, caplog, model: str, seed: int):
     wild = request.getfixturevalue(model)
@@ -137,6 +142,7 @@ def test_a_dead_engine_thread_is_never_a_hang(wild, monkeypatch):
         assert "SystemExit" in engine.failure.message
 
 
+@pytest.mark.slow
 def test_memory_stays_where_it_was(wild):
     """300 short requests here; 10,000 in ``benchmarks/soak.py``."""
     rng = random.Random(2)

@@ -53,7 +53,14 @@ def asked(wild) -> list[tuple[GenerationRequest, Solo]]:
 
 @pytest.mark.parametrize(
     ("slots", "chunk", "prefix"),
-    [(1, 1024, 0), (4, 1024, 0), (4, 64, 0), (4, 7, 0), (4, 100, 2**27), (16, 31, 2**19)],
+    [
+        (4, 7, 0),
+        (4, 100, 2**27),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((1, 1024, 0), (4, 1024, 0), (4, 64, 0), (16, 31, 2**19))
+        ),
+    ],
 )
 def test_every_token_is_that_of_generate(wild, asked, slots: int, chunk: int, prefix: int):
     """Joining and leaving at random steps: 72 requests, and 48 about pictures that are known."""
@@ -89,6 +96,7 @@ def test_nor_does_it_matter_how_products_are_made(wild, asked, change: str, monk
     judge(pairs)
 
 
+@pytest.mark.slow  # test_compiled.py has the family that is served
 @pytest.mark.timeout(600)  # torch.compile takes most of a minute
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 def test_compiled(wild, asked):

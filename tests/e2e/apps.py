@@ -13,7 +13,7 @@ from qwenvl_app import create_app
 from qwenvl_app.generation import Phase, Status
 from tests.fakes import FakeBackend
 
-LOADING_S = 30.0 if os.environ.get("CI") else 3.0
+LOADING_S = float(os.environ.get("FAKE_LOADING_S", "3"))
 PIECES = 4
 APART_S = 0.3
 

@@ -66,10 +66,11 @@ def test_curl(server: Server):
     assert output.decode() == '{"status":"success","result":"图中的圆形是红色的。"}'
 
 
-def test_a_sample_of_the_evaluation(server: Server):
-    """``demo/evaluate.py`` asks all 9,673 and 1,600 questions; here every 40th and every 8th."""
+@pytest.mark.parametrize("share", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_sample_of_the_evaluation(server: Server, share: int):
+    """``demo/evaluate.py`` asks all 9,673 and 1,600; here every 40th and every 8th, or fewer."""
     wrong: list[tuple[Question, str]] = []
-    cases = [*list(package_cases())[::40], *list(chinese_cases())[::8]]
+    cases = [*list(package_cases())[:: 40 * share], *list(chinese_cases())[:: 8 * share]]
     for case in cases:
         answer = ask(server.url, case)
         if answer != case.expected:
@@ -170,7 +171,13 @@ def test_it_listens_while_it_loads_and_stops_when_told(tmp_path: Path):
     assert "Traceback" not in server.log.read_text()
 
 
-@pytest.mark.parametrize("damage", ["missing", "incomplete", "truncated"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "truncated",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("missing", "incomplete")),
+    ],
+)
 def test_a_broken_model_directory(tmp_path: Path, damage: str):
     directory = tmp_path / "secret-place"
     message = "the directory that MODEL names does not exist"

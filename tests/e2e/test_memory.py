@@ -113,12 +113,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_real_shape(directory: Path, tmp_path: Path, dtype: str):
     """bfloat16 is mapped from its files; float32 is a copy, laid out anew (engine/cpu.py)."""
     check(tmp_path, str(directory), MEGAPIXELS, dtype)
 
 
+@pytest.mark.slow
 def test_pictures_that_outweigh_the_model(tmp_path: Path, directory: Path):
     """The vision tower's moment: pictures are read as they are, and not made smaller."""
     copy = tmp_path / "model"

@@ -71,7 +71,7 @@ def settle(server: Server, handles: int, threads: int) -> None:
 
 def test_192_slow_connections(tmp_path: Path):
     """gthread had a thread waiting for each of them, and four were enough to stop the service."""
-    server = Server(tmp_path / "log", FAKE)
+    server = Server(tmp_path / "log", FAKE, QWENVL_HEADER_TIMEOUT_S="5")
     try:
         server.wait()
         with ThreadPoolExecutor(40) as pool:  # all threads that there can be are there
@@ -81,7 +81,7 @@ def test_192_slow_connections(tmp_path: Path):
         crowd = Crowd(server.port)
         crowd.start()
         try:
-            end = time.monotonic() + 22  # beyond the limit for a head, so that some are sent away
+            end = time.monotonic() + 11  # beyond the limit for a head, so that some are sent away
             while time.monotonic() < end:
                 assert exchange(server.port, get(b"Connection: close"), timeout=1).status == 200
                 assert post(server.port, GOOD).status == 200

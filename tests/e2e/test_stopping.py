@@ -37,7 +37,9 @@ def ask(port: int, answers: list[int | str]) -> None:
                 answers.append(repr(error))
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize(
+    "number", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 20))]
+)
 def test_under_load(tmp_path: Path, number: int):
     """Every client that could connect is answered in full or with 503, and the end comes soon."""
     server = Server(tmp_path / "log", FAKE, FAKE_SECONDS="0.3")
@@ -133,7 +135,13 @@ def test_idle_connections_do_not_keep_it(tmp_path: Path):
         server.stop()
 
 
-@pytest.mark.parametrize("begun", [b"P", REQUEST[: REQUEST.index(b"\r\n\r\n") + 20]])
+@pytest.mark.parametrize(
+    "begun",
+    [
+        pytest.param(b"P", marks=pytest.mark.slow),
+        REQUEST[: REQUEST.index(b"\r\n\r\n") + 20],
+    ],
+)
 def test_a_request_begun_during_the_stop_does_not_prolong_it(tmp_path: Path, begun: bytes):
     """It had all the time that an upload has, 70 s, and the stop with it."""
     server = Server(tmp_path / "log", FAKE)

@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow  # on a CPU; on a GPU `make test-gpu` runs it
 def test_every_token_also_after_a_step_that_failed(exact, device, monkeypatch, tell: Tell):
     """After a failing step the cache is at other addresses: no graph of before may be replayed."""
     asked = requests(11, 8)

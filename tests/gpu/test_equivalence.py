@@ -95,6 +95,7 @@ def alone(half: LoadedModel, asked: GenerationRequest) -> tuple[list[int], torch
     return tokens, torch.cat(output.logits).float()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_to_float32_as_generate_is(half, exact, monkeypatch, tell: Tell):
     """Rounding to 8 bits depends on how many rows a product has, so tokens can't be compared.
 

@@ -169,6 +169,7 @@ def test_the_vision_tower(measured, tell: Tell):
     assert taken == pytest.approx(predicted, rel=0.15)
 
 
+@pytest.mark.slow
 def test_no_memory_for_one_picture(measured, caplog, tell: Tell):
     """It gets 503; what was made for it is given back, and the next answer is what it was."""
     caplog.set_level("CRITICAL")  # a record would hold the traceback, and that the tensors

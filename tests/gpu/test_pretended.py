@@ -84,7 +84,15 @@ def test_every_token_is_that_of_generate(wild, gpus, attention, chunk, prefix):
     judge([(s, generate(wild, each)) for s, each in zip(sequences, asked + again, strict=True)])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        family
+        if family in ("qwen3_vl", "qwen3_5")
+        else pytest.param(family, marks=pytest.mark.slow)
+        for family in FAMILIES
+    ],
+)
 def test_every_family(gpus, family, tmp_path):
     wild = families.wild(tmp_path / family, family)
     asked = [random_request(random.Random(n), max_new_tokens=8) for n in range(4)]
