@@ -4,12 +4,14 @@
 """
 
 import ctypes
+import importlib.util
 import os
 import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not importlib.util.find_spec("qwenvl_app"):  # a checkout, and gunicorn was not started in it
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gunicorn.systemd import sd_notify
 

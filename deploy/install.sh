@@ -12,7 +12,7 @@ NAME=qwen_vl_api
 COMMIT=$(git describe --always --dirty --exclude '*' 2>/dev/null || date +%Y%m%d%H%M%S)
 # What is not committed has no name of its own: the time is added, so that no release is taken for it.
 case $COMMIT in *-dirty) COMMIT=$COMMIT-$(date +%Y%m%d%H%M%S) ;; esac
-VERSION=${1:-$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-$COMMIT}
+VERSION=${1:-$(sed -n 's/^VERSION = "\(.*\)"/\1/p' qwenvl_app/version.py)-$COMMIT}
 BASE=/opt/$NAME
 RELEASE=$BASE/releases/$VERSION
 

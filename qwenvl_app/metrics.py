@@ -11,12 +11,18 @@ from collections.abc import Callable, Iterator
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from qwenvl_app.admission import Admission
 from qwenvl_app.generation import BackendStats, FinishReason, Phase, Status
 from qwenvl_app.record import RequestRecord
+from qwenvl_app.version import VERSION
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4
 PREFIX = "qwenvl_"
@@ -172,6 +178,7 @@ class _State(Collector):
     def collect(self) -> Iterator[Metric]:
         """Every gauge and state-held counter, as of now."""
         admission, stats = self._admission, self._stats()
+        yield InfoMetricFamily(PREFIX + "build", "What is running.", {"version": VERSION})
         yield _gauge("num_requests_running", "Hold a permit", admission.permits - admission.free)
         yield _gauge("num_requests_waiting", "Wait for a permit", admission.waiting)
         yield _gauge("batch_sequences", "Are decoded together at the moment", stats.running)

@@ -26,7 +26,10 @@ from pydantic import (
 PREFIX = "QWENVL_"
 FILE_VARIABLE = PREFIX + "CONFIG"
 SECRETS = frozenset(("api_keys",))  # never in a message
-DEFAULTS = Path(__file__).resolve().parent.parent / "config" / "default.toml"
+_PACKAGE = Path(__file__).resolve().parent
+# In a checkout it lies beside the package, in a wheel inside it.
+CONFIG = next(path for path in (_PACKAGE / "config", _PACKAGE.parent / "config") if path.is_dir())
+DEFAULTS = CONFIG / "default.toml"
 
 
 class SettingsError(Exception):

@@ -41,6 +41,7 @@ LAYERS = [
             "qwenvl_app.record",
             "qwenvl_app.logs",
             "qwenvl_app.notify",
+            "qwenvl_app.version",
         ),
     ),
 ]

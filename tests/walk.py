@@ -167,7 +167,9 @@ def publish(debian: Debian) -> str:
         f"git clone -q --bare --no-hardlinks {ROOT} {bare}; cd {bare}; "
         "git branch -f main HEAD; git symbolic-ref HEAD refs/heads/main; chown -R root: ."
     )
-    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    version = re.search(
+        r'^VERSION = "(.*)"', (ROOT / "qwenvl_app/version.py").read_text(), re.MULTILINE
+    )
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True)
     assert version
     return f"{version[1]}-{commit.strip()}"

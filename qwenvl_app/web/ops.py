@@ -8,6 +8,7 @@ from flask import Blueprint, Response, jsonify
 
 from qwenvl_app.generation import Phase, Status
 from qwenvl_app.metrics import CONTENT_TYPE, Metrics
+from qwenvl_app.version import VERSION
 
 
 def blueprint(status: Callable[[], Status], metrics: Metrics) -> Blueprint:
@@ -22,9 +23,14 @@ def blueprint(status: Callable[[], Status], metrics: Metrics) -> Blueprint:
     @routes.get("/readyz", provide_automatic_options=False)
     @routes.get("/health", provide_automatic_options=False)
     def readyz() -> Response:
-        """200 only when a request would be answered; else 503, with the phase and its age."""
+        """200 only when a request would be answered; else 503; the phase, its age, the version."""
         now = status()
-        response = jsonify(phase=now.phase, phase_seconds=round(now.age, 1), message=now.message)
+        response = jsonify(
+            phase=now.phase,
+            phase_seconds=round(now.age, 1),
+            message=now.message,
+            version=VERSION,
+        )
         response.status_code = 200 if now.phase is Phase.READY else 503
         return response
 
