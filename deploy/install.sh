@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Install or upgrade the service from this checkout: `sudo deploy/install.sh`. Any number of times.
 #
-# Each version has a directory of its own below /opt/qwen_vl_api/releases, and `current` points at
+# Each version has a directory of its own below /opt/qwenvl/releases, and `current` points at
 # the one that runs, so that rolling back is pointing it at another: see docs/operating.md. It starts
 # nothing: the model is yours to choose first.
 set -euo pipefail
 umask 022
 cd "$(dirname "$0")/.."
 
-NAME=qwen_vl_api
+NAME=qwenvl
 COMMIT=$(git describe --always --dirty --exclude '*' 2>/dev/null || date +%Y%m%d%H%M%S)
 # What is not committed has no name of its own: the time is added, so that no release is taken for it.
 case $COMMIT in *-dirty) COMMIT=$COMMIT-$(date +%Y%m%d%H%M%S) ;; esac

@@ -21,7 +21,7 @@ from tests.wire import GOOD, MULTIPART, ROUTE
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 ROOT = DEPLOY.parent
-UNIT = DEPLOY / "qwen_vl_api.service"
+UNIT = DEPLOY / "qwenvl.service"
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"
 DASHBOARD = DEPLOY / "grafana" / "dashboard.json"
 
@@ -75,7 +75,7 @@ def test_the_unit_agrees_with_the_rest():
     # graceful_timeout in config/gunicorn.conf.py
     assert int(unit["TimeoutStopSec"][0]) > load_settings({}).request_timeout_s + 10
     install = (DEPLOY / "install.sh").read_text(encoding="utf-8")
-    assert unit["WorkingDirectory"] == ["/opt/qwen_vl_api/current"]
+    assert unit["WorkingDirectory"] == ["/opt/qwenvl/current"]
     assert "BASE=/opt/$NAME" in install
     assert "useradd --system --user-group --home-dir /var/lib/$NAME" in install
     assert unit["User"] == ["qwenvl"]
@@ -97,9 +97,9 @@ def test_nginx_agrees_with_the_settings():
     assert number("client_max_body_size") == settings.max_upload_mb + 1
     assert number("client_body_buffer_size") >= number("client_max_body_size")
     assert f"超过 {settings.max_upload_mb} MB" in text
-    everybody = number("limit_conn qwen_vl_all")
+    everybody = number("limit_conn qwenvl_all")
     assert everybody > settings.max_concurrency + settings.max_waiting
-    assert everybody > number("limit_conn qwen_vl_one") >= settings.max_concurrency
+    assert everybody > number("limit_conn qwenvl_one") >= settings.max_concurrency
     assert number("proxy_read_timeout") > settings.request_timeout_s
     assert "proxy_buffering off" in text
 

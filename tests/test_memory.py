@@ -11,7 +11,7 @@ from qwenvl_app.engine.memory import _limits, free_memory, gpu_memory
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ("/system.slice/qwen_vl_api.service", [700, 5000]),
+        ("/system.slice/qwenvl.service", [700, 5000]),
         ("/", []),  # in a container: the root has no limit of its own here
         ("/system.slice", [5000]),
         ("", []),
@@ -22,7 +22,7 @@ def test_limits_of_every_group_on_the_way(tmp_path: Path, own: str, expected: li
     """A unit's MemoryMax was not seen, since only the root of the tree was looked at."""
     for path, most, used in (
         ("system.slice", "9000", "4000"),
-        ("system.slice/qwen_vl_api.service", "1000", "300"),
+        ("system.slice/qwenvl.service", "1000", "300"),
         ("system.slice/other.service", "10", "10"),
         ("user.slice", "max", "1"),
     ):

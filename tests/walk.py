@@ -47,20 +47,20 @@ mkdir -p old; pivot_root . old; cd /; umount -l old; rmdir old
 exec env -i container=lxc PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --system
 """
 HUB = """
-cd /root/qwen_vl_api; PYTHON=/opt/qwen_vl_api/current/.venv/bin/python
+cd /root/qwenvl; PYTHON=/opt/qwenvl/current/.venv/bin/python
 [ -e /root/published ] || $PYTHON -c 'import tests.hub as h; h.publish(h.Path("/root/published"))'
 systemd-run -q --unit=hub --working-directory=$PWD \
     $PYTHON -m tests.hub 8900 Org/Some-Model.v1=/root/published
 until ss -ltn | grep -q :8900; do sleep 0.2; done
-sed -i 's,^model.*,model = "Org/Some-Model.v1",' /etc/qwen_vl_api/settings.toml
-echo MODELSCOPE_ENDPOINT=http://127.0.0.1:8900 > /etc/qwen_vl_api/environment
+sed -i 's,^model.*,model = "Org/Some-Model.v1",' /etc/qwenvl/settings.toml
+echo MODELSCOPE_ENDPOINT=http://127.0.0.1:8900 > /etc/qwenvl/environment
 """
 
 EDIT = r"""
 printf '#!/bin/sh\nfor file; do :; done; cp /root/drop-in "$file"\n' >/root/editor
 chmod +x /root/editor
 export SYSTEMD_EDITOR=/root/editor
-script -qec 'systemctl edit qwen_vl_api' /dev/null
+script -qec 'systemctl edit qwenvl' /dev/null
 """
 
 
@@ -162,7 +162,7 @@ class Debian:
 
 def publish(debian: Debian) -> str:
     """A repository to clone, with a commit to upgrade to; the release that comes before it."""
-    bare = debian.tree / "srv/qwen_vl_api.git"
+    bare = debian.tree / "srv/qwenvl.git"
     shell(
         f"git clone -q --bare --no-hardlinks {ROOT} {bare}; cd {bare}; "
         "git branch -f main HEAD; git symbolic-ref HEAD refs/heads/main; chown -R root: ."
@@ -187,27 +187,27 @@ def walk(debian: Debian) -> int:
         elif block.startswith("[Service]"):
             (debian.tree / "root/drop-in").write_text(block)
             debian.run(EDIT)
-            debian.run("systemctl restart qwen_vl_api; ss -ltn | grep 127.0.0.1:8000")
+            debian.run("systemctl restart qwenvl; ss -ltn | grep 127.0.0.1:8000")
         elif "gunicorn" in block:  # stays in the foreground, in place of the service
-            debian.run("systemctl stop qwen_vl_api")
+            debian.run("systemctl stop qwenvl")
             debian.run(f"{block.strip()} & until curl -sf 127.0.0.1:8000/readyz; do sleep 1; done")
             debian.run("pkill -o -u qwenvl gunicorn; while pgrep -u qwenvl; do sleep 1; done")
-            debian.run("systemctl start qwen_vl_api")
+            debian.run("systemctl start qwenvl")
         elif "app wsgi download" in block:
             debian.run(block)
             debian.run(HUB)
-            debian.run(f"cd /opt/qwen_vl_api/current\n{block}\nsystemctl stop hub")
+            debian.run(f"cd /opt/qwenvl/current\n{block}\nsystemctl stop hub")
         elif "git pull" in block:
             commit = "git -c user.name=w -c user.email=w@w commit -q --allow-empty -m upgrade"
             debian.run(
-                "git clone -q /srv/qwen_vl_api.git /root/other; cd /root/other; "
+                "git clone -q /srv/qwenvl.git /root/other; cd /root/other; "
                 f"{commit}; git push -q; cd /root"
             )
             debian.run(block)
         else:
-            filled = block.replace("REPOSITORY", "/srv/qwen_vl_api.git").replace("VERSION", before)
+            filled = block.replace("REPOSITORY", "/srv/qwenvl.git").replace("VERSION", before)
             debian.run(f"{{ {filled}}} | tee /root/answer" if "curl -" in filled else filled)
-    debian.run("systemctl is-active qwen_vl_api nginx; curl -sf 127.0.0.1:8000/readyz")
+    debian.run("systemctl is-active qwenvl nginx; curl -sf 127.0.0.1:8000/readyz")
     return len(blocks)
 
 

@@ -70,7 +70,7 @@ class Nginx:
             (r"listen 443", f"listen 127.0.0.1:{self.https}"),
             (r"/etc/ssl/certs/qwen\.example\.com\.pem", f"{self.folder}/cert.pem"),
             (r"/etc/ssl/private/qwen\.example\.com\.key", f"{self.folder}/key.pem"),
-            (r"/var/log/nginx/qwen_vl_api\.log", str(self.log)),
+            (r"/var/log/nginx/qwenvl\.log", str(self.log)),
         ):
             text, count = re.subn(pattern, replacement, text)
             assert count, pattern
