@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,6 +18,7 @@ from qwenvl_app.engine import cpu
 from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.settings import Settings, load_settings
 from tests.fakes import FakeBackend
+from tests.waiting import until
 from tests.wire import MULTIPART, ROUTE, Answer
 
 # As the service does: two threads on two busy cores spend their time waiting for one another.
@@ -39,12 +39,11 @@ def _nothing_leaks() -> Iterator[None]:
     """Threads that a test started have ended after it."""
     before = set(threading.enumerate())
     yield
-    deadline = time.monotonic() + 5
-    while left := [
-        thread for thread in set(threading.enumerate()) - before if not _stays_by_design(thread)
-    ]:
-        assert time.monotonic() < deadline, f"threads left running: {left}"
-        time.sleep(0.01)
+
+    def left() -> list[threading.Thread]:
+        return [t for t in set(threading.enumerate()) - before if not _stays_by_design(t)]
+
+    until(lambda: not left(), 5, lambda: f"threads left running: {left()}")
 
 
 def _stays_by_design(thread: threading.Thread) -> bool:

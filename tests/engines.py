@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +17,7 @@ from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.engine.model import LoadedModel, prepare
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.generation import GenerationRequest, SamplingParams
+from tests.waiting import until
 
 OPTIONS = EngineOptions(
     slots=4, max_new_tokens=256, kv_cache_bytes=2**28, prefix_cache_bytes=0, prefill_chunk=1024
@@ -38,12 +38,12 @@ def running(loaded: LoadedModel, **options: int) -> Iterator[Engine]:
 
 def until_idle(engine: Engine) -> None:
     """All slots are free, and so is the memory."""
-    deadline = time.monotonic() + 20
     cache = engine._executor.cache
     floor = cache._floor * cache.layout.token_bytes
-    while engine.running or engine.waiting or engine.cache_bytes > floor:
-        assert time.monotonic() < deadline, (engine.running, engine.waiting, engine.cache_bytes)
-        time.sleep(0.002)
+    until(
+        lambda: not (engine.running or engine.waiting or engine.cache_bytes > floor),
+        said=lambda: (engine.running, engine.waiting, engine.cache_bytes),
+    )
 
 
 def spread(loaded: LoadedModel, attention: str = "sdpa") -> LoadedModel:

@@ -10,6 +10,7 @@ from qwenvl_app.admission import Admission
 from qwenvl_app.caller import Caller
 from qwenvl_app.errors import ClientGone, DeadlineExceeded, ServiceError, Unavailable
 from qwenvl_app.generation import Phase
+from tests.waiting import until
 
 
 def caller(seconds: float = 20) -> Caller:
@@ -42,13 +43,6 @@ class Waiter(threading.Thread):
         self.join(20)
         assert not self.is_alive()
         return self.error
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_a_free_permit_costs_no_wait():

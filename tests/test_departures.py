@@ -13,6 +13,7 @@ import pytest
 
 from qwenvl_app.caller import Caller
 from qwenvl_app.web.departures import Departures
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -120,8 +121,7 @@ def test_a_failing_callback_does_not_blind_the_thread(departures: Departures, ca
                 client.close()
                 if callback is None:
                     assert told.wait(5)
-                while not who.gone:
-                    time.sleep(0.001)
+                until(lambda who=who: who.gone)
     assert "boom" in caplog.text
 
 

@@ -28,6 +28,7 @@ from tests.engines import (
     spread,
     until_idle,
 )
+from tests.waiting import until
 
 Asked = tuple[GenerationRequest, Solo]
 
@@ -127,8 +128,7 @@ def test_a_large_picture_does_not_stop_the_others(wild):
         for stream in streams:
             next(iter(stream))
         large = engine.submit(request(Image.new("RGB", (1024, 1024), "blue"), max_new_tokens=1))
-        while not large.started:
-            time.sleep(0.0005)
+        until(lambda: large.started)
         before, steps = [len(s.tokens) for s in streams], engine.steps
         finish(large)
         gained = [len(s.tokens) - b for s, b in zip(streams, before, strict=True)]

@@ -36,6 +36,7 @@ from tests.engines import (
     random_request,
     running,
 )
+from tests.waiting import until
 from tests.wire import GOOD, MULTIPART, ROUTE
 
 
@@ -185,10 +186,7 @@ def test_it_answers_over_http(tmp_path, family: str):
         {}, model=str(directory), device="cpu", dtype="bfloat16", max_new_tokens=8
     )
     backend = LocalBackend(settings)
-    deadline = time.monotonic() + 60
-    while backend.status().phase is Phase.LOADING:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: backend.status().phase is not Phase.LOADING, 60)
     app = create_app(settings, backend)
     client = app.test_client()
     assert client.get("/readyz").json["phase"] == "ready"

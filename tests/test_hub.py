@@ -27,6 +27,7 @@ from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
 from tests.hub import COMMITS, NAME, SHARDS, UNWANTED, Hub, publish
 from tests.test_cli import ROOT, flask
+from tests.waiting import until
 
 
 @pytest.fixture(scope="session")
@@ -121,10 +122,7 @@ def test_a_process_that_is_killed(hub: Hub, published: Path, tmp_path: Path):
     environ = os.environ | {"QWENVL_MODEL": NAME}
     process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while hub.sent.get(SHARDS[1], 0) < 500_000:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: hub.sent.get(SHARDS[1], 0) >= 500_000, 60)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -313,10 +311,7 @@ def test_a_download_ends_with_the_service(hub: Hub, trouble: str):
     hub.stall = SHARDS[0] if trouble == "stall" else ""
     before = set(threading.enumerate())
     backend = LocalBackend(load_settings({}, model=NAME))
-    deadline = time.monotonic() + 60
-    while hub.sent.get(SHARDS[0], 0) < 300_000:
-        assert time.monotonic() < deadline, backend.status()
-        time.sleep(0.01)
+    until(lambda: hub.sent.get(SHARDS[0], 0) >= 300_000, 60, backend.status)
     if trouble == "away":
         hub.close()
         time.sleep(0.5)  # it has begun to try again, later and later

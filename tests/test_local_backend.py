@@ -18,6 +18,7 @@ from qwenvl_app.generation import FinishReason, GenerationRequest, Phase, Sampli
 from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
 from tests.engines import finish
+from tests.waiting import until
 from tests.wire import picture
 
 
@@ -116,13 +117,6 @@ class Blockade:
             return real(*arguments)
 
         monkeypatch.setattr(runner, "prefill", prefill)
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 @pytest.fixture

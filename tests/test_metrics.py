@@ -27,6 +27,7 @@ from qwenvl_app.record import RequestRecord
 from qwenvl_app.settings import Settings
 from tests.engines import running
 from tests.fakes import FakeBackend
+from tests.waiting import until
 from tests.wire import END, GOOD, IMAGE, MULTIPART, PNG, PROMPT, ROUTE, part
 
 Samples = dict[str, float]
@@ -148,8 +149,7 @@ def test_the_state_is_that_of_the_moment(app: Flask, client: FlaskClient, backen
         target=lambda: app.test_client().post(ROUTE, data=GOOD, content_type=MULTIPART)
     )
     thread.start()
-    while not backend.generations:
-        pass
+    until(lambda: backend.generations)
     samples = scrape(client)
     assert samples["qwenvl_num_requests_running"] == 1
     assert samples["qwenvl_num_requests_waiting"] == 0

@@ -26,6 +26,7 @@ from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.loading.footprint import measure
 from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
+from tests.waiting import until
 from tests.wire import GOOD, MULTIPART, ROUTE
 
 
@@ -416,10 +417,7 @@ def test_a_template_in_json_will_do(checkpoint: Path):
 
 
 def wait_for(backend: LocalBackend, phase: Phase) -> None:
-    deadline = time.monotonic() + 60
-    while backend.status().phase is not phase:
-        assert time.monotonic() < deadline, backend.status()
-        time.sleep(0.01)
+    until(lambda: backend.status().phase is phase, 60, backend.status)
 
 
 def test_a_failed_load_answers_500_and_says_why_to_the_operator(checkpoint: Path, caplog):

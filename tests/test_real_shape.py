@@ -6,7 +6,6 @@ import dataclasses
 import json
 import random
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle, groupby
@@ -29,6 +28,7 @@ from qwenvl_app.prompts import PromptBuilder
 from qwenvl_app.settings import load_settings
 from tests import parity, real_shape
 from tests.engines import agrees, finish, generate, random_request, request, running
+from tests.waiting import until
 from tests.wire import GOOD, MULTIPART, ROUTE
 
 IDS = {
@@ -295,10 +295,7 @@ def served(directory: Path, **changes: int) -> Iterator[FlaskClient]:
     """The service, with the model of ``directory``."""
     settings = load_settings({}, model=str(directory), device="cpu", **changes)
     backend = LocalBackend(settings)
-    deadline = time.monotonic() + 60
-    while backend.status().phase is Phase.LOADING:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: backend.status().phase is not Phase.LOADING, 60)
     app = create_app(settings, backend)
     yield app.test_client()
     app.extensions["qwenvl"]["departures"].close()

@@ -18,6 +18,7 @@ from qwenvl_app.generation import Phase, Status
 from qwenvl_app.images import decode_image
 from qwenvl_app.settings import load_settings
 from tests.fakes import FakeBackend
+from tests.waiting import until
 from tests.wire import END, GOOD, IMAGE, MULTIPART, PROMPT, ROUTE, part, picture
 
 
@@ -115,7 +116,7 @@ def test_four_permits_are_taken_before_decoding_and_given_back(app, backend: Fak
     threads = [threading.Thread(target=ask) for _ in range(6)]
     for thread in threads:
         thread.start()
-    _until(lambda: len(backend.requests) == 4 and admission.waiting == 2)
+    until(lambda: len(backend.requests) == 4 and admission.waiting == 2)
     assert admission.free == 0
     # Waiting for a permit costs no decoding: this body would be refused after it.
     bad = part("image", b"no picture", "a.png", "image/png") + PROMPT + END
@@ -125,7 +126,7 @@ def test_four_permits_are_taken_before_decoding_and_given_back(app, backend: Fak
         )
     )
     late.start()
-    _until(lambda: admission.waiting == 3)
+    until(lambda: admission.waiting == 3)
     assert statuses == []
     backend.go.set()
     for thread in [*threads, late]:
@@ -149,7 +150,7 @@ def test_a_full_waiting_room_is_a_503(backend: FakeBackend):
         target=lambda: app.test_client().post(ROUTE, data=GOOD, content_type=MULTIPART)
     )
     first.start()
-    _until(lambda: backend.requests)
+    until(lambda: backend.requests)
     response = app.test_client().post(ROUTE, data=GOOD, content_type=MULTIPART)
     assert response.status_code == 503
     assert response.json == {"detail": "服务器繁忙，请稍后重试。"}
@@ -314,7 +315,7 @@ def test_the_deadline_in_the_queue_and_before(backend: FakeBackend):
     app = create_app(settings, backend)
     backend.go.clear()
     first = post_with(app)
-    _until(lambda: backend.requests)
+    until(lambda: backend.requests)
     for spent in (59.9, 60.0, 1000.0):
         assert ended(*post_with(app, **{"qwenvl.arrived": time.monotonic() - spent})) == LATE
     assert len(backend.requests) == 1
@@ -331,16 +332,16 @@ def test_a_client_that_leaves_frees_its_place(app, backend: FakeBackend, caplog,
     others = []
     if stage == "waiting":
         others = [post_with(app) for _ in range(4)]
-        _until(lambda: admission.free == 0)
+        until(lambda: admission.free == 0)
     theirs, ours = socket.socketpair()
     with ours:
         if stage == "before":
             theirs.close()
         thread, answers = post_with(app, **{"gunicorn.socket": ours})
         if stage == "waiting":
-            _until(lambda: admission.waiting)
+            until(lambda: admission.waiting)
         if stage == "generating":
-            _until(lambda: backend.generations)
+            until(lambda: backend.generations)
         theirs.close()
         assert ended(thread, answers, 1) == GONE
     assert admission.waiting == 0
@@ -368,7 +369,7 @@ def test_a_client_that_leaves_while_its_picture_is_decoded(app, backend, monkeyp
         assert decoding.wait(10)
         assert departures.watched == 1
         theirs.close()
-        _until(lambda: not departures.watched)
+        until(lambda: not departures.watched)
         leave.set()
         assert ended(thread, answers) == GONE
     assert backend.requests == []
@@ -398,9 +399,9 @@ def test_draining(app, backend: FakeBackend, client):
     extension = app.extensions["qwenvl"]
     backend.go.clear()
     running = [post_with(app) for _ in range(4)]
-    _until(lambda: len(backend.requests) == 4)
+    until(lambda: len(backend.requests) == 4)
     waiting = [post_with(app) for _ in range(3)]
-    _until(lambda: extension["admission"].waiting == 3)
+    until(lambda: extension["admission"].waiting == 3)
     extension["drain"]()
     extension["drain"]()
     stopping = (503, {"detail": "服务正在停止，请稍后重试。"})
@@ -413,13 +414,6 @@ def test_draining(app, backend: FakeBackend, client):
     assert client.get("/livez").status_code == 200
     backend.go.set()
     assert [ended(*each)[0] for each in running] == [200] * 4
-
-
-def _until(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_a_long_field_of_the_wrong_kind_does_not_come_back_whole(client):

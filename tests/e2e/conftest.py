@@ -11,9 +11,6 @@ from tests.e2e.server import Server
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("gunicorn") / "log")
-    try:
+    with Server(tmp_path_factory.mktemp("gunicorn") / "log") as server:
         server.wait()
         yield server
-    finally:
-        server.stop()

@@ -8,10 +8,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 from tests.e2e.server import ROOT
+from tests.waiting import until
 
 BINARY = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
 
@@ -77,15 +77,12 @@ class Nginx:
         return text
 
     def _wait(self) -> None:
-        deadline = time.monotonic() + 20
-        while True:
+        def listens() -> bool:
             assert self.process.poll() is None, self.errors.read_text()
-            try:
-                socket.create_connection(("127.0.0.1", self.https), 1).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            socket.create_connection(("127.0.0.1", self.https), 1).close()
+            return True
+
+        until(listens)
 
     def reload(self) -> None:
         """Read the configuration again: new workers take over, the old ones finish."""

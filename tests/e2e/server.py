@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+from tests.waiting import until
 from tests.wire import send
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -18,7 +18,10 @@ FAKE = "tests.e2e.fake_app:app"  # without a model: starts in a second
 
 
 class Server:
-    """A gunicorn that serves ``app``, with more ``options`` if need be; ended by its process id."""
+    """A gunicorn that serves ``app``, with more ``options`` if need be.
+
+    Started at once; as a context it is ended, by its process id, when the block ends.
+    """
 
     def __init__(
         self, log: Path, app: str = "wsgi:app", options: tuple[str, ...] = (), **settings: str
@@ -39,27 +42,39 @@ class Server:
                 command, cwd=ROOT, env=environ | settings, stdout=output, stderr=output
             )
 
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def wait(self, phase: str = "ready", seconds: float = 90) -> dict[str, object]:
         """Wait until ``/readyz`` tells ``phase``; returns what it says."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+
+        def told() -> dict[str, object] | None:
             assert self.process.poll() is None, self.log.read_text()
             try:
-                answer = json.loads(send(self.port, "GET", "/readyz").body)
-            except (OSError, ValueError, IndexError):
-                answer = {}
-            if answer.get("phase") == phase:
-                return dict(answer)
-            time.sleep(0.05)
-        raise AssertionError(f"never {phase}: {self.log.read_text()}")
+                answer: dict[str, object] = json.loads(send(self.port, "GET", "/readyz").body)
+            except (ValueError, IndexError):
+                return None
+            return answer if answer.get("phase") == phase else None
+
+        answer = until(told, seconds, lambda: f"never {phase}: {self.log.read_text()}")
+        assert answer
+        return answer
 
     @property
     def worker(self) -> int:
         """Process id of the one worker."""
+        (worker,) = self.workers
+        return worker
+
+    @property
+    def workers(self) -> list[int]:
+        """Process ids of all: two while one takes over from the other, none when it was killed."""
         pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        assert len(children) == 1
-        return int(children[0])
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(child) for child in children.split()]
 
     def taken(self) -> tuple[int, int]:
         """File handles and threads of the worker."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,18 +11,16 @@ import pytest
 
 from tests.bad_inputs import INPUTS, Input
 from tests.e2e.server import Server
+from tests.waiting import until
 from tests.wire import GOOD, post, send
 
 
 @pytest.fixture(scope="module")
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of this module's own, whose processes are looked at."""
-    server = Server(tmp_path_factory.mktemp("attacked") / "log")
-    try:
+    with Server(tmp_path_factory.mktemp("attacked") / "log") as server:
         server.wait()
         yield server
-    finally:
-        server.stop()
 
 
 class Worker:
@@ -89,10 +86,10 @@ def test_every_bad_input_gets_its_answer_and_leaves_nothing_behind(attacked: Ser
     assert everything(attacked) == []
     files, threads, before = worker.files, worker.threads, worker.megabytes
     assert everything(attacked) == []
-    deadline = time.monotonic() + 10
-    while worker.files > files or worker.threads > threads:
-        assert time.monotonic() < deadline, (worker.files, files, worker.threads, threads)
-        time.sleep(0.05)
+    until(
+        lambda: worker.files <= files and worker.threads <= threads,
+        said=lambda: (worker.files, files, worker.threads, threads),
+    )
     assert worker.megabytes - before < 50
     samples = send(attacked.port, "GET", "/metrics").body.decode()
     for held in (

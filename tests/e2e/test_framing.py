@@ -19,12 +19,9 @@ from tests.wire import GOOD, exchange, post, receive
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with small limits and no model."""
-    server = Server(tmp_path_factory.mktemp("small") / "log", FAKE, **SMALL_LIMITS)
-    try:
+    with Server(tmp_path_factory.mktemp("small") / "log", FAKE, **SMALL_LIMITS) as server:
         server.wait()
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from demo.evaluate import ask, chinese_cases, package_cases
 from qwenvl_app.loading.checkpoint import DEMO
 from tests.contract import FROM_SOURCE, RECORDED, Case
 from tests.e2e.server import ROOT, Server
+from tests.waiting import until
 from tests.wire import END, GOOD, MULTIPART, PROMPT, ROUTE, encode, part, picture, post, send
 
 SAMPLES = ROOT / "demo" / "samples"
@@ -155,8 +155,7 @@ def test_nothing_private_in_the_log(server: Server):
 
 
 def test_it_listens_while_it_loads_and_stops_when_told(tmp_path: Path):
-    server = Server(tmp_path / "log")
-    try:
+    with Server(tmp_path / "log") as server:
         loading = server.wait("loading")
         assert str(loading["message"]).startswith(("loading the", "looking for"))
         answer = post(server.port, GOOD)
@@ -166,7 +165,6 @@ def test_it_listens_while_it_loads_and_stops_when_told(tmp_path: Path):
         assert send(server.port, "GET", "/livez").status == 200
         server.wait()
         assert post(server.port, GOOD).status == 200
-    finally:
         assert server.stop() == 0
     assert "Traceback" not in server.log.read_text()
 
@@ -190,8 +188,7 @@ def test_a_broken_model_directory(tmp_path: Path, damage: str):
             message = "model.safetensors is truncated or damaged; copy or download it again"
         else:
             file.unlink()
-    server = Server(tmp_path / "log", QWENVL_MODEL=str(directory))
-    try:
+    with Server(tmp_path / "log", QWENVL_MODEL=str(directory)) as server:
         assert server.wait("failed")["message"] == message
         answer = post(server.port, GOOD)
         number = answer.headers["x-request-id"]
@@ -201,8 +198,6 @@ def test_a_broken_model_directory(tmp_path: Path, damage: str):
             f"（请求编号 {number}）"
         }
         assert send(server.port, "GET", "/readyz").status == 503
-    finally:
-        server.stop()
     log = server.log.read_text()
     assert message in log
     assert "Traceback" not in log
@@ -210,11 +205,8 @@ def test_a_broken_model_directory(tmp_path: Path, damage: str):
 
 def test_a_wrong_setting_stops_the_start_with_one_line(tmp_path: Path):
     """With a status of its own, after which systemd does not try again; a port in use has 1."""
-    server = Server(tmp_path / "log", QWENVL_MAX_CONCURENCY="4")
-    try:
+    with Server(tmp_path / "log", QWENVL_MAX_CONCURENCY="4") as server:
         assert server.process.wait(30) == os.EX_CONFIG
-    finally:
-        server.stop()
     assert server.log.read_text().splitlines() == [
         "qwenvl: unknown setting 'max_concurency' (environment); did you mean 'max_concurrency'?"
     ]
@@ -223,20 +215,10 @@ def test_a_wrong_setting_stops_the_start_with_one_line(tmp_path: Path):
 def test_a_killed_worker_comes_back(tmp_path: Path):
     import signal
 
-    server = Server(tmp_path / "log")
-    try:
+    with Server(tmp_path / "log") as server:
         server.wait()
         first = server.worker
         os.kill(first, signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                if server.worker != first:
-                    break
-            except AssertionError:
-                assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: server.workers not in ([], [first]), 30)
         server.wait()
         assert post(server.port, GOOD).status == 200
-    finally:
-        server.stop()

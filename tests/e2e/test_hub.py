@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.e2e.server import Server
 from tests.hub import NAME, SHARDS, Hub, publish
+from tests.waiting import until
 from tests.wire import GOOD, post, send
 
 
@@ -30,15 +31,11 @@ def test_from_an_id_to_an_answer(tmp_path: Path):
     """Stopped in the middle, started again, and at last without the hub."""
     hub = Hub(rate=1e6, models={(NAME, "master"): publish(tmp_path / "published")})
     try:
-        server = serve(hub, tmp_path, "first")
-        try:
-            while not re.fullmatch(
-                rf"downloading {NAME}: [1-9]\.\d MB of 15.6 MB", message(server)
-            ):
-                time.sleep(0.05)
+        with serve(hub, tmp_path, "first") as server:
+            under_way = re.compile(rf"downloading {NAME}: [1-9]\.\d MB of 15.6 MB")
+            until(lambda: under_way.fullmatch(message(server)))
             assert send(server.port, "GET", "/livez").status == 200
             assert post(server.port, GOOD).status == 503
-        finally:
             began = time.monotonic()
             assert server.stop() == 0
         assert time.monotonic() - began < 15, "it waited for the download"
@@ -46,13 +43,10 @@ def test_from_an_id_to_an_answer(tmp_path: Path):
         assert got > 1_000_000
 
         hub.rate, hub.requests, hub.sent = None, [], {}
-        server = serve(hub, tmp_path, "second")
-        try:
+        with serve(hub, tmp_path, "second") as server:
             server.wait()
             answer = post(server.port, GOOD)
             assert (answer.status, "success" in answer.body.decode()) == (200, True)
-        finally:
-            server.stop()
         assert any(start > 0 for file in SHARDS for start in hub.asked(file))
         size = sum((tmp_path / "published" / file).stat().st_size for file in SHARDS)
         assert sum(hub.sent[file] for file in SHARDS if file in hub.sent) <= size - got + 100_000
@@ -61,10 +55,7 @@ def test_from_an_id_to_an_answer(tmp_path: Path):
     finally:
         hub.close()
 
-    server = serve(hub, tmp_path, "third")
-    try:
+    with serve(hub, tmp_path, "third") as server:
         server.wait()
         assert post(server.port, GOOD).body == answer.body
-    finally:
-        server.stop()
     assert "modelscope" not in server.log.read_text()

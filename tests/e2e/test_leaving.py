@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.server import Server
+from tests.waiting import until
 from tests.wire import END, GOOD, MULTIPART, ROUTE, exchange, part, picture, post, send
 
 SECONDS = [5, pytest.param(60, marks=pytest.mark.slow)]
@@ -25,17 +26,15 @@ COLORS = ("red", "green", "blue", "black")
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(
+    with Server(
         tmp_path_factory.mktemp("probed") / "log",
         "tests.e2e.probe_app:app",
         QWENVL_QUEUE_TIMEOUT_S="3",
         QWENVL_REQUEST_TIMEOUT_S=str(BOUND_S),
-    )
-    try:
+    ) as server:
         server.wait()
         assert post(server.port, GOOD).status == 200
         yield server
-    finally:
         assert server.stop() == 0
         assert "Traceback" not in server.log.read_text()
 
@@ -46,14 +45,13 @@ def debug(server: Server) -> dict:
 
 def settled(server: Server, before: dict) -> dict:
     """Wait until everything is as it was before; returns what was recorded meanwhile."""
-    deadline = time.monotonic() + 10
-    while True:
+
+    def same() -> dict | None:
         now = debug(server)
-        same = all(now[key] == before[key] for key in ("idle", "threads", "files"))
-        if same and not any(now["idle"].values()):
-            return now
-        assert time.monotonic() < deadline, (before, now)
-        time.sleep(0.05)
+        alike = all(now[key] == before[key] for key in ("idle", "threads", "files"))
+        return now if alike and not any(now["idle"].values()) else None
+
+    return until(same, 10, lambda: str((before, debug(server))))
 
 
 def request(color: str, number: str) -> bytes:

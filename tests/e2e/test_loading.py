@@ -17,8 +17,7 @@ from tests.wire import GOOD, post, send
 def test_everything_answers_while_it_loads(tmp_path: Path, loading: float):
     """Nothing listened for minutes, and nobody could tell a slow load from one that hangs."""
     began = time.monotonic()
-    server = Server(tmp_path / "log", "tests.e2e.apps:app", FAKE_LOADING_S=str(loading))
-    try:
+    with Server(tmp_path / "log", "tests.e2e.apps:app", FAKE_LOADING_S=str(loading)) as server:
         assert server.wait("loading")["message"] == "loading the weights: 3 of 9 tensors"
         ages = []
         while True:
@@ -44,5 +43,3 @@ def test_everything_answers_while_it_loads(tmp_path: Path, loading: float):
         assert samples["qwenvl_phase_age_seconds"] < loading
         assert samples['qwenvl_request_rejected_total{reason="loading"}'] >= len(ages) - 1
         assert post(server.port, GOOD).status == 200
-    finally:
-        server.stop()

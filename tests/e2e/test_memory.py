@@ -55,7 +55,7 @@ def ask(server: Server, image: bytes, statuses: list[int]) -> None:
 
 def check(tmp_path: Path, model: str, megapixels: float, dtype: str = "auto") -> None:
     """Idle, and with the largest request in every slot."""
-    server = Server(
+    with Server(
         tmp_path / "log",
         QWENVL_MODEL=model,
         QWENVL_DEVICE="cpu",
@@ -63,8 +63,7 @@ def check(tmp_path: Path, model: str, megapixels: float, dtype: str = "auto") ->
         QWENVL_MAX_IMAGE_MEGAPIXELS=str(megapixels),
         QWENVL_MAX_NEW_TOKENS="16",
         QWENVL_REQUEST_TIMEOUT_S="200",
-    )
-    try:
+    ) as server:
         server.wait(seconds=180)
         said = re.search(
             r"memory of this process: about (\d+) MiB when idle, up to (\d+)",
@@ -83,8 +82,6 @@ def check(tmp_path: Path, model: str, megapixels: float, dtype: str = "auto") ->
         for thread in threads:
             thread.join()
         most = memory(server.worker, "VmHWM")
-    finally:
-        server.stop()
     assert statuses == [200] * 4
     measured = {"idle": idle, "at most": most}
     predicted = {"idle": int(said[1]), "at most": int(said[2])}

@@ -21,6 +21,7 @@ from tests.e2e.apps import APART_S, PIECES
 from tests.e2e.nginx import BINARY, Nginx
 from tests.e2e.server import Server
 from tests.test_metrics import parse
+from tests.waiting import until
 from tests.wire import END, GOOD, MULTIPART, PROMPT, ROUTE, encode, part, send
 
 pytestmark = [
@@ -34,12 +35,9 @@ ANSWER = '{"status":"success","result":"circle"}'
 
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("behind") / "log", QWENVL_TRUSTED_HOPS="1")
-    try:
+    with Server(tmp_path_factory.mktemp("behind") / "log", QWENVL_TRUSTED_HOPS="1") as server:
         server.wait()
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +111,13 @@ def test_a_client_that_leaves_does_no_harm(nginx: Nginx, behind: Server):
     """It goes away in the middle of its upload, and then while it waits for its answer."""
     for sent in (len(GOOD) // 2, len(GOOD)):
         upload(nginx, sent).close()
-    deadline = time.monotonic() + 20
-    while True:
+
+    def idle() -> bool:
         samples = parse(send(behind.port, "GET", "/metrics").body.decode())
-        if samples["qwenvl_num_requests_running"] == samples["qwenvl_num_requests_waiting"] == 0:
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        held = ("qwenvl_num_requests_running", "qwenvl_num_requests_waiting")
+        return not any(samples[name] for name in held)
+
+    until(idle)
     assert post(nginx, GOOD).text == ANSWER
 
 
@@ -128,9 +126,8 @@ def test_slow_uploads_from_one_address_shut_out_neither_others_nor_probes(nginx:
     with contextlib.ExitStack() as held:
         for _ in range(16):
             held.enter_context(upload(nginx, 100))
-        deadline = time.monotonic() + 10
-        while (refused := post(nginx, GOOD)).status_code == 200:  # not all have been read yet
-            assert time.monotonic() < deadline
+        until(lambda: post(nginx, GOOD).status_code != 200, 10)  # all have been read
+        refused = post(nginx, GOOD)
         assert refused.status_code == 503
         assert refused.json() == {"detail": "服务暂时不可用，请稍后重试。"}
         for path in ("/livez", "/readyz", "/health", "/metrics"):
@@ -152,11 +149,9 @@ def test_a_reload_under_load_loses_no_request(nginx: Nginx, behind: Server):
     for thread in threads:
         thread.start()
     for count in (10, 30, 50):
-        while len(answers) < count:
-            time.sleep(0.01)
+        until(lambda count=count: len(answers) >= count)
         nginx.reload()
-    while len(answers) < 80:
-        time.sleep(0.01)
+    until(lambda: len(answers) >= 80)
     stop.set()
     for thread in threads:
         thread.join()
@@ -166,10 +161,9 @@ def test_a_reload_under_load_loses_no_request(nginx: Nginx, behind: Server):
 
 
 def test_a_stream_arrives_piece_by_piece_and_a_stopped_service_is_told(tmp_path: Path):
-    server = Server(tmp_path / "log", "tests.e2e.apps:app")
     folder = tmp_path / "nginx"
     folder.mkdir()
-    try:
+    with Server(tmp_path / "log", "tests.e2e.apps:app") as server:
         server.wait("loading")
         nginx = Nginx(folder, server.port)
         try:
@@ -187,5 +181,3 @@ def test_a_stream_arrives_piece_by_piece_and_a_stopped_service_is_told(tmp_path:
             assert gone.headers["Retry-After"] == "5"
         finally:
             nginx.stop()
-    finally:
-        server.stop()

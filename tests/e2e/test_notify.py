@@ -25,15 +25,19 @@ class Systemd:
             self._socket.settimeout(max(0.01, deadline - time.monotonic()))
             self.told += self._socket.recv(4096).decode().split("\n")
 
-    def close(self) -> None:
+    def __enter__(self) -> Systemd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._socket.close()
 
 
 def test_ready_is_told_by_the_worker_once_the_model_answers(tmp_path: Path):
     """gunicorn's own READY came from the master, seconds before anything was loaded."""
-    systemd = Systemd(tmp_path)
-    server = Server(tmp_path / "log", NOTIFY_SOCKET=systemd.path)
-    try:
+    with (
+        Systemd(tmp_path) as systemd,
+        Server(tmp_path / "log", NOTIFY_SOCKET=systemd.path) as server,
+    ):
         systemd.until("WATCHDOG=1")
         assert "READY=1" not in systemd.told
         assert systemd.told[0].startswith("STATUS=loading: ")
@@ -41,19 +45,14 @@ def test_ready_is_told_by_the_worker_once_the_model_answers(tmp_path: Path):
         assert server.wait(seconds=0.5)["phase"] == "ready"
         assert systemd.told.count("READY=1") == 1
         assert not any("unicorn" in told for told in systemd.told)
-    finally:
-        server.stop()
-        systemd.close()
 
 
 def test_a_model_that_cannot_be_loaded_triggers_the_watchdog(tmp_path: Path):
-    systemd = Systemd(tmp_path)
-    server = Server(tmp_path / "log", NOTIFY_SOCKET=systemd.path, QWENVL_MODEL=os.devnull)
-    try:
+    with (
+        Systemd(tmp_path) as systemd,
+        Server(tmp_path / "log", NOTIFY_SOCKET=systemd.path, QWENVL_MODEL=os.devnull),
+    ):
         systemd.until("WATCHDOG=trigger")
         assert "READY=1" not in systemd.told
         assert systemd.told[-2].startswith("STATUS=failed: ")
         assert systemd.told[-2].endswith("MODEL is a file; it must be a checkpoint's directory")
-    finally:
-        server.stop()
-        systemd.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.e2e.server import FAKE, Server
 from tests.framing import form, get, length
+from tests.waiting import until
 from tests.wire import GOOD, exchange, post, receive, send
 
 
@@ -60,19 +61,17 @@ class Crowd(threading.Thread):
 
 def settle(server: Server, handles: int, threads: int) -> None:
     """Wait until the worker has no more handles and threads than it had."""
-    deadline = time.monotonic() + 20
-    while True:
+
+    def settled() -> bool:
         now = server.taken()
-        if now[0] <= handles and now[1] <= threads:
-            return
-        assert time.monotonic() < deadline, (now, handles, threads)
-        time.sleep(0.1)
+        return now[0] <= handles and now[1] <= threads
+
+    until(settled, said=lambda: (server.taken(), handles, threads))
 
 
 def test_192_slow_connections(tmp_path: Path):
     """gthread had a thread waiting for each of them, and four were enough to stop the service."""
-    server = Server(tmp_path / "log", FAKE, QWENVL_HEADER_TIMEOUT_S="5")
-    try:
+    with Server(tmp_path / "log", FAKE, QWENVL_HEADER_TIMEOUT_S="5") as server:
         server.wait()
         with ThreadPoolExecutor(40) as pool:  # all threads that there can be are there
             list(pool.map(lambda _: post(server.port, GOOD), range(200)))
@@ -91,15 +90,12 @@ def test_192_slow_connections(tmp_path: Path):
             crowd.ended.set()
             crowd.join()
         settle(server, *before)
-    finally:
-        server.stop()
     assert "Traceback" not in server.log.read_text()
 
 
 def test_the_application_is_told_when_a_request_began(tmp_path: Path):
     """On one connection: the second request's age is its own."""
-    server = Server(tmp_path / "log", FAKE)
-    try:
+    with Server(tmp_path / "log", FAKE) as server:
         server.wait()
         ages = []
         with connect(server.port) as connection:
@@ -112,13 +108,10 @@ def test_the_application_is_told_when_a_request_began(tmp_path: Path):
                 ages.append(json.loads(answer.body)["age"])
         assert ages[0] >= 1
         assert ages[1] < 1
-    finally:
-        server.stop()
 
 
 def test_100_clients_at_once_leave_threads_for_health_checks(tmp_path: Path):
-    server = Server(tmp_path / "log", FAKE, FAKE_SECONDS="0.3")
-    try:
+    with Server(tmp_path / "log", FAKE, FAKE_SECONDS="0.3") as server:
         server.wait()
         with ThreadPoolExecutor(100) as pool:
             posts = [pool.submit(post, server.port, GOOD) for _ in range(300)]
@@ -129,13 +122,10 @@ def test_100_clients_at_once_leave_threads_for_health_checks(tmp_path: Path):
         counts = Counter(future.result().status for future in posts)
         assert set(counts) == {200, 503}
         assert all("retry-after" in f.result().headers for f in posts if f.result().status == 503)
-    finally:
-        server.stop()
 
 
 def test_a_full_house_drops_the_longest_unfinished(tmp_path: Path):
-    server = Server(tmp_path / "log", FAKE, QWENVL_MAX_CONNECTIONS="10")
-    try:
+    with Server(tmp_path / "log", FAKE, QWENVL_MAX_CONNECTIONS="10") as server:
         server.wait()
         with contextlib.ExitStack() as stack:
             silent = [stack.enter_context(connect(server.port)) for _ in range(9)]
@@ -151,14 +141,11 @@ def test_a_full_house_drops_the_longest_unfinished(tmp_path: Path):
             assert answer.headers["retry-after"]
             assert post(server.port, GOOD).status == 200
             assert more[0].recv(1) == b""
-    finally:
-        server.stop()
 
 
 def test_unfinished_uploads_have_a_bound_together(tmp_path: Path):
     limits = {"QWENVL_MAX_UPLOAD_MB": "2", "QWENVL_UPLOAD_BUFFER_MB": "4"}
-    server = Server(tmp_path / "log", FAKE, **limits)
-    try:
+    with Server(tmp_path / "log", FAKE, **limits) as server:
         server.wait()
         with contextlib.ExitStack() as stack:
             for _ in range(3):
@@ -175,14 +162,11 @@ def test_unfinished_uploads_have_a_bound_together(tmp_path: Path):
             answer = receive(connection)
             assert answer is not None
             assert answer.status == 400
-    finally:
-        server.stop()
 
 
 def test_clients_that_never_read_take_no_threads(tmp_path: Path):
     """They ask again and again on one connection, until no answer fits into its buffers."""
-    server = Server(tmp_path / "log", FAKE)
-    try:
+    with Server(tmp_path / "log", FAKE) as server:
         server.wait()
         asking = get() * 20_000
         with contextlib.ExitStack() as stack:
@@ -196,16 +180,13 @@ def test_clients_that_never_read_take_no_threads(tmp_path: Path):
                 assert exchange(server.port, get(b"Connection: close"), timeout=1).status == 200
                 time.sleep(0.1)
             assert post(server.port, GOOD).status == 200
-    finally:
-        server.stop()
 
 
 def test_bodies_that_nobody_read_are_let_go(tmp_path: Path):
     """An idle connection kept its last request's parser, and with it 20 MB of body."""
-    server = Server(tmp_path / "log", FAKE)
     body = bytes(19 * 2**20)
     head = get(length(len(body)), line=b"POST /livez HTTP/1.1")
-    try:
+    with Server(tmp_path / "log", FAKE) as server:
         server.wait()
         status = Path(f"/proc/{server.worker}/statm")
         before = int(status.read_text().split()[1]) * 4096
@@ -218,32 +199,29 @@ def test_bodies_that_nobody_read_are_let_go(tmp_path: Path):
                 assert answer.status == 405
             time.sleep(0.5)
             assert int(status.read_text().split()[1]) * 4096 - before < 4 * len(body)
-    finally:
-        server.stop()
 
 
 def test_a_flood_of_connections_leaves_the_loop_to_others(tmp_path: Path):
     """Accepting went on for as long as clients came, and the master killed the worker for it."""
-    server = Server(tmp_path / "log", FAKE)
     ended = threading.Event()
 
-    def flood() -> None:
+    def flood(port: int) -> None:
         with selectors.DefaultSelector() as selector:
             while not ended.is_set():
                 for _ in range(200):
                     sock = socket.socket()
                     sock.setblocking(False)
-                    sock.connect_ex(("127.0.0.1", server.port))
+                    sock.connect_ex(("127.0.0.1", port))
                     selector.register(sock, selectors.EVENT_WRITE)
                 selector.select(0.01)
                 for key in list(selector.get_map().values()):
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
 
-    try:
+    with Server(tmp_path / "log", FAKE) as server:
         server.wait()
         worker = server.worker
-        flooding = threading.Thread(target=flood)
+        flooding = threading.Thread(target=flood, args=(server.port,))
         flooding.start()
         try:
             with connect(server.port) as connection:
@@ -256,13 +234,10 @@ def test_a_flood_of_connections_leaves_the_loop_to_others(tmp_path: Path):
             flooding.join()
         assert server.worker == worker
         assert post(server.port, GOOD).status == 200
-    finally:
-        server.stop()
 
 
 def test_what_the_loop_refuses_is_counted_and_logged(tmp_path: Path):
-    server = Server(tmp_path / "log", FAKE, QWENVL_HEADER_TIMEOUT_S="0.5")
-    try:
+    with Server(tmp_path / "log", FAKE, QWENVL_HEADER_TIMEOUT_S="0.5") as server:
         server.wait()
         for sent, status in ((b"GET / HT", 408), (b"no http\r\n\r\n", 400)):
             with connect(server.port) as connection:
@@ -271,8 +246,6 @@ def test_what_the_loop_refuses_is_counted_and_logged(tmp_path: Path):
                 assert answer is not None
                 assert answer.status == status
         samples = send(server.port, "GET", "/metrics").body.decode()
-    finally:
-        server.stop()
     for status in (400, 408):
         assert f'qwenvl_http_requests_total{{route="unread",status="{status}"}} 1.0' in samples
     assert 'qwenvl_request_rejected_total{reason="bad_request"} 2.0' in samples

@@ -42,11 +42,10 @@ def ask(port: int, answers: list[int | str]) -> None:
 )
 def test_under_load(tmp_path: Path, number: int):
     """Every client that could connect is answered in full or with 503, and the end comes soon."""
-    server = Server(tmp_path / "log", FAKE, FAKE_SECONDS="0.3")
     answers: list[int | str] = []
-    clients = [threading.Thread(target=ask, args=(server.port, answers)) for _ in range(12)]
-    try:
+    with Server(tmp_path / "log", FAKE, FAKE_SECONDS="0.3") as server:
         server.wait()
+        clients = [threading.Thread(target=ask, args=(server.port, answers)) for _ in range(12)]
         with socket.create_connection(("127.0.0.1", server.port), 10) as upload:
             upload.sendall(REQUEST[:-10])
             for client in clients:
@@ -59,18 +58,15 @@ def test_under_load(tmp_path: Path, number: int):
             assert (answer.status, json.loads(answer.body)) == (503, STOPPING)
         assert server.process.wait(20) == 0
         assert time.monotonic() - began < 10
-    finally:
-        server.stop()
-        for client in clients:
-            client.join()
+    for client in clients:
+        client.join()
     assert 200 in answers
     assert set(answers) <= {200, 503}
     assert "Traceback" not in server.log.read_text()
 
 
 def test_what_is_said_meanwhile(tmp_path: Path):
-    server = Server(tmp_path / "log", FAKE, FAKE_SECONDS="3")
-    try:
+    with Server(tmp_path / "log", FAKE, FAKE_SECONDS="3") as server:
         server.wait()
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(post, server.port, GOOD)
@@ -85,15 +81,12 @@ def test_what_is_said_meanwhile(tmp_path: Path):
             assert (refused.status, json.loads(refused.body)) == (503, STOPPING)
             assert running.result().status == 200
         assert server.process.wait(5) == 0
-    finally:
-        server.stop()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(tmp_path: Path, number: signal.Signals):
     """gunicorn ignores a second SIGTERM, and would wait for the running request."""
-    server = Server(tmp_path / "log", FAKE, FAKE_SECONDS="30")
-    try:
+    with Server(tmp_path / "log", FAKE, FAKE_SECONDS="30") as server:
         server.wait()
         with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
             connection.sendall(REQUEST)
@@ -105,34 +98,26 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, number: signal.Signals)
             server.process.send_signal(number)
             server.process.wait(5)
         assert not Path(f"/proc/{worker}").exists()
-    finally:
-        server.stop()
 
 
 def test_ctrl_c_ends_it_at_once(tmp_path: Path):
-    server = Server(tmp_path / "log", FAKE, FAKE_SECONDS="30")
-    try:
+    with Server(tmp_path / "log", FAKE, FAKE_SECONDS="30") as server:
         server.wait()
         with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
             connection.sendall(REQUEST)
             time.sleep(0.3)
             server.process.send_signal(signal.SIGINT)
             assert server.process.wait(5) == 0
-    finally:
-        server.stop()
 
 
 def test_idle_connections_do_not_keep_it(tmp_path: Path):
-    server = Server(tmp_path / "log", FAKE)
-    try:
+    with Server(tmp_path / "log", FAKE) as server:
         server.wait()
         with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
             connection.sendall(get())
             assert receive(connection) is not None
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(5) == 0
-    finally:
-        server.stop()
 
 
 @pytest.mark.parametrize(
@@ -144,8 +129,7 @@ def test_idle_connections_do_not_keep_it(tmp_path: Path):
 )
 def test_a_request_begun_during_the_stop_does_not_prolong_it(tmp_path: Path, begun: bytes):
     """It had all the time that an upload has, 70 s, and the stop with it."""
-    server = Server(tmp_path / "log", FAKE)
-    try:
+    with Server(tmp_path / "log", FAKE) as server:
         server.wait()
         with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
             connection.sendall(get())
@@ -157,14 +141,11 @@ def test_a_request_begun_during_the_stop_does_not_prolong_it(tmp_path: Path, beg
             assert answer is None or answer.status == 503
             # A moment for the request, and some for the client to read and close.
             assert server.process.wait(9) == 0
-    finally:
-        server.stop()
 
 
 def test_a_reload_refuses_nobody(tmp_path: Path):
     """SIGHUP: the old worker finishes what it has, and only the new one accepts."""
-    server = Server(tmp_path / "log", FAKE, FAKE_SECONDS="1")
-    try:
+    with Server(tmp_path / "log", FAKE, FAKE_SECONDS="1") as server:
         server.wait()
         with ThreadPoolExecutor(4) as pool:
             running = [pool.submit(post, server.port, GOOD) for _ in range(4)]
@@ -173,5 +154,3 @@ def test_a_reload_refuses_nobody(tmp_path: Path):
             time.sleep(0.5)
             later = [pool.submit(post, server.port, GOOD) for _ in range(4)]
             assert [future.result().status for future in running + later] == [200] * 8
-    finally:
-        server.stop()

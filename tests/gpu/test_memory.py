@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +27,7 @@ from tests import real_shape
 from tests.engines import OPTIONS, finish, request
 from tests.gpu.conftest import Tell
 from tests.gpu.pretend import pretend
+from tests.waiting import until
 
 
 class Meter(Protocol):
@@ -202,8 +202,5 @@ def test_no_memory_for_one_picture(measured, caplog, tell: Tell):
 
 def settled(engine: Engine, meter: Meter) -> int:
     """What is allocated once the engine has nothing to do, and has given back what it may."""
-    deadline = time.monotonic() + 20
-    while engine.running or engine.step_began is not None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not engine.running and engine.step_began is None)
     return meter.allocated

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from qwenvl_app.loading.load import load
 from tests import families
 from tests.engines import OPTIONS, finish, generate, judge, random_request, request, spread
 from tests.gpu.pretend import GPU, Gpus, pretend
+from tests.waiting import until
 
 SECOND = torch.device("cuda", 1)
 
@@ -54,10 +54,10 @@ def running(gpus: Gpus, loaded: LoadedModel, **options: int) -> Iterator[Engine]
     most = gpus.allocated + 3 * 2**20
     try:
         yield engine
-        deadline = time.monotonic() + 20
-        while engine.running or gpus.allocated > most + engine.prefixes.bytes:
-            assert time.monotonic() < deadline, f"{gpus.allocated - most} bytes too many"
-            time.sleep(0.01)
+        until(
+            lambda: not engine.running and gpus.allocated <= most + engine.prefixes.bytes,
+            said=lambda: f"{gpus.allocated - most} bytes too many",
+        )
     finally:
         engine.close()
 
