@@ -15,7 +15,8 @@ if not importlib.util.find_spec("qwenvl_app"):  # a checkout, and gunicorn was n
 
 from gunicorn.systemd import sd_notify
 
-from qwenvl_app import logs, notify
+from qwenvl_app import logs
+from qwenvl_app.server import notify
 from qwenvl_app.settings import SettingsError, load_settings
 
 try:
@@ -28,7 +29,7 @@ bind = "0.0.0.0:8000"
 # The model is resident in the worker: a second one would load it twice.
 workers = 1
 # gthread, but that a request takes a thread only when all of it has arrived.
-worker_class = "qwenvl_app.web.worker.Worker"
+worker_class = "qwenvl_app.server.worker.Worker"
 # Everyone who runs or waits holds a thread, four are there to refuse the next, and four the worker
 # keeps for requests without a body: health checks and metrics.
 threads = _settings.max_concurrency + _settings.max_waiting + 8
@@ -45,13 +46,13 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa:
 # Its socket would be made in the home directory, which a service account may not have.
 control_socket_disable = True
 
-# The application logs each request itself, with what only it knows (web/access_log.py).
+# The application logs each request itself, with what only it knows (web/request_log.py).
 accesslog = None
 logconfig_dict = logs.config(_settings.log_format)
 
 
 # gunicorn tells systemd READY before its worker has loaded anything. So the socket's name is put
-# away, under a name that outlives a reload, and the worker tells when it is: qwenvl_app/notify.py.
+# away, under a name that outlives a reload, and the worker tells when it is: server/notify.py.
 _NOTIFY, _PUT_AWAY = "NOTIFY_SOCKET", "WORKER_NOTIFY_SOCKET"
 if _NOTIFY in os.environ:
     os.environ[_PUT_AWAY] = os.environ.pop(_NOTIFY)

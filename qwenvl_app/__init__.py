@@ -5,13 +5,21 @@ from __future__ import annotations
 from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from qwenvl_app.admission import Admission
 from qwenvl_app.backends import Backend, build
 from qwenvl_app.generation import Status
-from qwenvl_app.metrics import Metrics
+from qwenvl_app.service.admission import Admission
+from qwenvl_app.service.metrics import Metrics
 from qwenvl_app.settings import Settings, load_settings
-from qwenvl_app.web import access, accounts, cors, errors, ops, recognize, request_id
-from qwenvl_app.web.departures import Departures
+from qwenvl_app.web import (
+    accounts,
+    auth,
+    cors,
+    errors,
+    ops,
+    recognize,
+    request_id,
+)
+from qwenvl_app.web.disconnects import Departures
 from qwenvl_app.web.responses import ContractJSON
 
 
@@ -58,7 +66,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     request_id.register(app)
     errors.register(app)
     cors.register(app, settings.cors_origins)  # before the keys: a preflight can't carry one
-    access.register(app, settings.api_keys)
+    auth.register(app, settings.api_keys)
     app.register_blueprint(recognize.blueprint(settings, backend, admission, departures, status))
     app.register_blueprint(ops.blueprint(status, metrics))
     return app

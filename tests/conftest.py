@@ -13,9 +13,9 @@ from flask.testing import FlaskClient
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qwenvl_app import create_app
-from qwenvl_app.admission import Admission
 from qwenvl_app.engine import cpu
 from qwenvl_app.loading.checkpoint import DEMO
+from qwenvl_app.service.admission import Admission
 from qwenvl_app.settings import Settings, load_settings
 from tests.fakes import FakeBackend
 from tests.waiting import until

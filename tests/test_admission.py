@@ -6,10 +6,15 @@ import time
 
 import pytest
 
-from qwenvl_app.admission import Admission
-from qwenvl_app.caller import Caller
-from qwenvl_app.errors import ClientGone, DeadlineExceeded, ServiceError, Unavailable
+from qwenvl_app.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    ServiceError,
+    Unavailable,
+)
 from qwenvl_app.generation import Phase
+from qwenvl_app.service.admission import Admission
+from qwenvl_app.service.deadline import Caller
 from tests.waiting import until
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from flask.testing import FlaskClient
 
-from qwenvl_app.metrics import REASONS
+from qwenvl_app.service.metrics import REASONS
 from qwenvl_app.settings import load_settings
 from tests.test_metrics import parse
 from tests.wire import GOOD, MULTIPART, ROUTE

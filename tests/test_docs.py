@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwenvl_app import backends, errors, images
+from qwenvl_app import backends, errors
+from qwenvl_app.images import decode
 from qwenvl_app.settings import DEFAULTS, PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,7 @@ def test_the_errors_table_has_every_chinese_detail(language: str):
     """Every sentence that the code can answer with begins as one in the table does."""
     name = f"docs/errors{language}.md"
     table = read(name)
-    sources = [Path(module.__file__ or "") for module in (backends, errors, images)]
+    sources = [Path(module.__file__ or "") for module in (backends, errors, decode)]
     sources += sorted((ROOT / "qwenvl_app").rglob("*.py"))
     found = set()
     for path in sources:

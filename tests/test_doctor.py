@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwenvl_app import doctor
-from qwenvl_app.doctor import Finding, Level
+from qwenvl_app.cli import doctor
+from qwenvl_app.cli.doctor import Finding, Level
 from qwenvl_app.loading import plan
 from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.loading.footprint import measure

@@ -13,7 +13,12 @@ from PIL import Image
 from demo.scenes import draw
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.vision import Encoding
-from qwenvl_app.errors import DeadlineExceeded, InternalError, TooLarge, Unavailable
+from qwenvl_app.errors import (
+    DeadlineExceeded,
+    InternalError,
+    TooLarge,
+    Unavailable,
+)
 from qwenvl_app.generation import FinishReason, GenerationRequest, Phase
 from qwenvl_app.loading.load import load
 from tests.engines import (

@@ -9,7 +9,7 @@ from gunicorn.config import Config
 from gunicorn.http import RequestParser
 from gunicorn.http.errors import NoMoreData, ParseException
 
-from qwenvl_app.web.framing import Incoming, State
+from qwenvl_app.server.framing import Incoming, State
 from tests.framing import CASES, Framing, chunked, chunks, form, get, length
 from tests.wire import GOOD
 

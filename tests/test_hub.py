@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from modelscope_hub import HubApi, HubConfig
 
-from qwenvl_app import doctor
 from qwenvl_app.backends.local import LocalBackend
-from qwenvl_app.doctor import Level
+from qwenvl_app.cli import doctor
+from qwenvl_app.cli.doctor import Level
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.generation import Phase
 from qwenvl_app.loading import checkpoint as checkpoints

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from qwenvl_app.image_structure import ExcessiveStructureError, check_structure
+from qwenvl_app.images.structure import ExcessiveStructureError, check_structure
 from tests import pictures as p
 from tests.wire import PNG, picture
 

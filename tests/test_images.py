@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from qwenvl_app.errors import BadRequest, TooLarge
-from qwenvl_app.images import decode_image
+from qwenvl_app.images.decode import decode_image
 from tests.wire import encode, picture
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)

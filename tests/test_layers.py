@@ -16,31 +16,20 @@ MODULES = sorted(
     for path in PACKAGE.rglob("*.py")
 )
 LAYERS = [
-    (6, ("qwenvl_app.cli", "qwenvl_app.doctor")),
+    (7, ("qwenvl_app.cli",)),
+    (6, ("qwenvl_app.server",)),
     (5, ("qwenvl_app.web",)),
     (4, ("qwenvl_app.backends",)),
-    (3, ("qwenvl_app.loading",)),
+    (3, ("qwenvl_app.loading", "qwenvl_app.service")),
     (2, ("qwenvl_app.engine",)),
-    (
-        1,
-        (
-            "qwenvl_app.images",
-            "qwenvl_app.image_structure",
-            "qwenvl_app.prompts",
-            "qwenvl_app.admission",
-            "qwenvl_app.metrics",
-        ),
-    ),
+    (1, ("qwenvl_app.images", "qwenvl_app.prompts")),
     (
         0,
         (
             "qwenvl_app.settings",
             "qwenvl_app.errors",
             "qwenvl_app.generation",
-            "qwenvl_app.caller",
-            "qwenvl_app.record",
             "qwenvl_app.logs",
-            "qwenvl_app.notify",
             "qwenvl_app.version",
         ),
     ),
@@ -49,7 +38,7 @@ LAYERS = [
 
 def layer(module: str) -> int:
     if module == "qwenvl_app":
-        return 6
+        return 7
     for number, names in LAYERS:
         if any(module == name or module.startswith(name + ".") for name in names):
             return number
@@ -92,7 +81,7 @@ def test_imports_go_downwards(module: str):
 
 def test_importing_starts_nothing():
     """No thread, no model, no file: only wsgi.py makes an application."""
-    heavy = ("qwenvl_app.engine", "qwenvl_app.loading", "qwenvl_app.doctor")
+    heavy = ("qwenvl_app.engine", "qwenvl_app.loading", "qwenvl_app.cli.doctor")
     names = [name for name in MODULES if not name.startswith(heavy)]
     code = (
         "import importlib, sys, threading\n"

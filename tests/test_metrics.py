@@ -9,8 +9,13 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from qwenvl_app import create_app, errors
-from qwenvl_app.admission import Admission
-from qwenvl_app.errors import ClientGone, DeadlineExceeded, InternalError, ServiceError, Unavailable
+from qwenvl_app.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    InternalError,
+    ServiceError,
+    Unavailable,
+)
 from qwenvl_app.generation import (
     BackendStats,
     Delta,
@@ -22,8 +27,9 @@ from qwenvl_app.generation import (
     Usage,
 )
 from qwenvl_app.loading.load import load
-from qwenvl_app.metrics import REASONS, Metrics
-from qwenvl_app.record import RequestRecord
+from qwenvl_app.service.admission import Admission
+from qwenvl_app.service.metrics import REASONS, Metrics
+from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
 from tests.engines import running
 from tests.fakes import FakeBackend

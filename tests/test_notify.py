@@ -5,7 +5,7 @@ import time
 import pytest
 
 from qwenvl_app.generation import Phase, Status
-from qwenvl_app.notify import messages
+from qwenvl_app.server.notify import messages
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from qwenvl_app.errors import BadRequest, TooLarge
-from qwenvl_app.images import decode_image
+from qwenvl_app.images.decode import decode_image
 from tests.corpus import pillow_images
 from tests.wire import END, GOOD, MULTIPART, PROMPT, ROUTE, part
 

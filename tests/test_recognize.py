@@ -15,8 +15,9 @@ import torch
 from qwenvl_app import create_app
 from qwenvl_app.errors import InternalError
 from qwenvl_app.generation import Phase, Status
-from qwenvl_app.images import decode_image
+from qwenvl_app.images.decode import decode_image
 from qwenvl_app.settings import load_settings
+from qwenvl_app.version import VERSION
 from tests.fakes import FakeBackend
 from tests.waiting import until
 from tests.wire import END, GOOD, IMAGE, MULTIPART, PROMPT, ROUTE, part, picture
@@ -57,6 +58,8 @@ def test_not_ready(post, client, backend: FakeBackend, phase, status, text, retr
 def test_ready(client):
     response = client.get("/readyz")
     assert (response.status_code, response.json["phase"]) == (200, "ready")
+    assert response.json["version"] == VERSION
+    assert f'qwenvl_build_info{{version="{VERSION}"}} 1.0' in client.get("/metrics").text
 
 
 def test_an_unexpected_error_is_a_fixed_sentence_and_goes_to_the_log_once(post, backend, caplog):

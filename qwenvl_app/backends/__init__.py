@@ -6,7 +6,13 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from qwenvl_app.errors import InternalError, Unavailable
-from qwenvl_app.generation import BackendStats, Delta, GenerationRequest, Phase, Status
+from qwenvl_app.generation import (
+    BackendStats,
+    Delta,
+    GenerationRequest,
+    Phase,
+    Status,
+)
 from qwenvl_app.settings import Settings
 
 
@@ -38,7 +44,7 @@ class Backend(Protocol):
 
 def build(settings: Settings) -> Backend:
     """The backend that the settings ask for. Loading goes on in the background."""
-    from qwenvl_app.backends.local import LocalBackend  # it imports this module
+    from qwenvl_app.backends.local import LocalBackend
 
     return LocalBackend(settings)
 

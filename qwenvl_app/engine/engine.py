@@ -26,7 +26,13 @@ from qwenvl_app.errors import (
     Unavailable,
     is_out_of_memory,
 )
-from qwenvl_app.generation import BackendStats, FinishReason, GenerationRequest, Phase, Status
+from qwenvl_app.generation import (
+    BackendStats,
+    FinishReason,
+    GenerationRequest,
+    Phase,
+    Status,
+)
 
 log = logging.getLogger(__name__)
 

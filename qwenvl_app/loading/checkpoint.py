@@ -14,7 +14,12 @@ from typing import Any
 
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading import weights
-from qwenvl_app.loading.files import image_settings, read_json, readable, refuse_pointer
+from qwenvl_app.loading.files import (
+    image_settings,
+    read_json,
+    readable,
+    refuse_pointer,
+)
 
 DEMO = Path(__file__).resolve().parent.parent / "demo_model"
 # The families whose parts the engine knows, see ``engine/vision.py`` and ``engine/model.py``.

@@ -14,7 +14,7 @@ from qwenvl_app.loading.footprint import Footprint
 from qwenvl_app.settings import Settings
 
 GIB, MIB = 2**30, 2**20
-# A pixel of a picture takes four bytes, and four times that for a moment if it is WebP (images.py).
+# A pixel of a picture takes four bytes, and four times that for a moment if it is WebP.
 # And of what it is resized to: itself, an array of it, and floats; these until it is encoded.
 DECODING, DECODED, RESIZED, FLOATS = 16, 4, 19, 12
 PROMPT = 1000  # tokens beside the picture: a page of text

@@ -6,9 +6,9 @@ from typing import cast
 
 from flask import Flask, Response, g, request
 
-from qwenvl_app.metrics import Metrics
-from qwenvl_app.record import RequestRecord
-from qwenvl_app.web import access_log
+from qwenvl_app.service.metrics import Metrics
+from qwenvl_app.service.record import RequestRecord
+from qwenvl_app.web import request_log
 
 # Blueprints whose views ask the backend; the others' requests have no outcome but a status.
 GENERATING = frozenset({"recognize"})
@@ -29,11 +29,11 @@ def register(app: Flask, metrics: Metrics) -> None:
         route = rule.rule if rule else UNMATCHED
         generates = request.blueprint in GENERATING
         request_id: str = g.request_id
-        about = access_log.describe(request, response, route)
+        about = request_log.describe(request, response, route)
 
         def finish() -> None:
             metrics.count(record, route, response.status_code, generates=generates)
-            access_log.write(request_id, about, record)
+            request_log.write(request_id, about, record)
 
         # Before an answer in one piece is sent, so that who has it finds it counted; of one that
         # is streamed nothing is known before its end.

@@ -17,7 +17,8 @@ from qwenvl_app.errors import (
     Unavailable,
     is_out_of_memory,
 )
-from qwenvl_app.web import accounts, refusals
+from qwenvl_app.server import refusals
+from qwenvl_app.web import accounts
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from flask import Blueprint, Response, jsonify
 
 from qwenvl_app.generation import Phase, Status
-from qwenvl_app.metrics import CONTENT_TYPE, Metrics
+from qwenvl_app.service.metrics import CONTENT_TYPE, Metrics
 from qwenvl_app.version import VERSION
 
 

@@ -7,15 +7,20 @@ from collections.abc import Callable
 from flask import Blueprint, Response, g, jsonify, request
 from werkzeug.exceptions import ClientDisconnected
 
-from qwenvl_app.admission import Admission
 from qwenvl_app.backends import Backend, require_ready
-from qwenvl_app.caller import Caller
-from qwenvl_app.errors import BadRequest, ClientGone, InternalError, TooLarge
+from qwenvl_app.errors import (
+    BadRequest,
+    ClientGone,
+    InternalError,
+    TooLarge,
+)
 from qwenvl_app.generation import GenerationRequest, SamplingParams, Status
-from qwenvl_app.images import decode_image
+from qwenvl_app.images.decode import decode_image
+from qwenvl_app.service.admission import Admission
+from qwenvl_app.service.deadline import Caller
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import accounts
-from qwenvl_app.web.departures import Departures
+from qwenvl_app.web.disconnects import Departures
 from qwenvl_app.web.forms import read_form
 from qwenvl_app.web.schema import RecognizeForm
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from flask import Response, jsonify
 
-from qwenvl_app import admission as admissions
 from qwenvl_app import create_app
-from qwenvl_app.admission import Admission
-from qwenvl_app.caller import Caller
 from qwenvl_app.engine.executor import Executor
+from qwenvl_app.service import admission as admissions
+from qwenvl_app.service.admission import Admission
+from qwenvl_app.service.deadline import Caller
 
 STEP_S = 0.02  # the embedded model would be done before anyone can leave
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qwenvl_app.caller import Caller
-from qwenvl_app.web.departures import Departures
+from qwenvl_app.service.deadline import Caller
+from qwenvl_app.web.disconnects import Departures
 from tests.waiting import until
 
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from qwenvl_app.caller import Caller
 from qwenvl_app.errors import ClientGone, DeadlineExceeded
+from qwenvl_app.service.deadline import Caller
 
 
 def test_wanted_until_the_deadline():

@@ -16,7 +16,7 @@ import pillow_heif
 from PIL import ExifTags, Image
 
 from qwenvl_app.errors import BadRequest, TooLarge
-from qwenvl_app.image_structure import check_structure
+from qwenvl_app.images.structure import check_structure
 
 # Chosen by content, never by name. MPO, a phone's JPEG with a second picture, comes through JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")

@@ -6,7 +6,7 @@ import logging
 
 from flask import Request, Response
 
-from qwenvl_app.record import RequestRecord
+from qwenvl_app.service.record import RequestRecord
 
 log = logging.getLogger("qwenvl_app.access")
 

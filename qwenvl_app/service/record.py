@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from qwenvl_app.generation import Delta, FinishReason, Timings, Usage
+from qwenvl_app.generation import (
+    Delta,
+    FinishReason,
+    Timings,
+    Usage,
+)
 
 
 @dataclass

@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qwenvl_app.caller import Caller
 from qwenvl_app.errors import Unavailable
 from qwenvl_app.generation import Phase, Status
+from qwenvl_app.service.deadline import Caller
 
 _GUESS_S = 5.0  # how long a permit is held, before any was
 _WEIGHT = 0.2  # of the latest permit in the mean

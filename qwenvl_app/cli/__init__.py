@@ -1,4 +1,7 @@
-"""``flask --app wsgi check-config``, ``doctor`` and ``download``: for whoever runs the service."""
+"""The command ``qwenvl``: serve, and what an operator asks before and after.
+
+All but ``serve`` are there as ``flask --app wsgi ...`` too.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from flask import Flask
 
 from qwenvl_app import logs
 from qwenvl_app.errors import ModelLoadError
-from qwenvl_app.settings import SECRETS, Settings, SettingsError, explain
+from qwenvl_app.settings import CONFIG, PREFIX, SECRETS, Settings, SettingsError, explain
+from qwenvl_app.version import VERSION
 
 _LINES_APART_S = 5
 
@@ -25,9 +29,8 @@ def is_running() -> bool:
 def commands() -> Flask:
     """An application that has the commands and nothing else: no route, no model, no settings."""
     app = Flask("qwenvl_app", static_folder=None)
-    app.cli.add_command(check_config)
-    app.cli.add_command(doctor)
-    app.cli.add_command(download)
+    for command in (check_config, run_doctor, download):
+        app.cli.add_command(command)
     return app
 
 
@@ -38,6 +41,23 @@ def effective() -> tuple[Settings, dict[str, str]]:
     except SettingsError as error:
         click.echo(f"qwenvl: {error}", err=True)
         sys.exit(1)
+
+
+@click.group()
+@click.version_option(VERSION, prog_name="qwenvl")
+def main() -> None:
+    """Answer questions about images with a Qwen-VL model."""
+
+
+@click.command("serve")
+@click.option("--bind", default="127.0.0.1:8000", show_default=True, help="Where to listen.")
+@click.option("--model", help="demo, a directory, or a ModelScope id; as QWENVL_MODEL.")
+def serve(bind: str, model: str | None) -> None:
+    """Serve until SIGTERM or Ctrl-C. This process becomes gunicorn's."""
+    if model:
+        os.environ[f"{PREFIX}MODEL"] = model
+    options = ["-c", str(CONFIG / "gunicorn.conf.py"), "--bind", bind, "qwenvl_app:create_app()"]
+    os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *options])  # noqa: S606
 
 
 @click.command("check-config")
@@ -52,11 +72,11 @@ def check_config() -> None:
 
 @click.command("doctor")
 @click.option("--bind", default="0.0.0.0:8000", show_default=True, help="Where it is to listen.")
-def doctor(bind: str) -> None:
+def run_doctor(bind: str) -> None:
     """Check the machine against the settings; exit status 1 if the service would not run."""
     settings, _ = effective()
     # Not at the top: torch takes seconds to import, and check-config does without.
-    from qwenvl_app import doctor as checks
+    from qwenvl_app.cli import doctor as checks
 
     failed = False
     for finding in checks.examine(settings, bind):
@@ -94,3 +114,7 @@ def _shown(key: str, value: object) -> str:
     if key in SECRETS:
         return "(set)" if value else "(unset)"
     return str(value) if isinstance(value, str) else repr(value)
+
+
+for each in (serve, check_config, run_doctor, download):
+    main.add_command(each)

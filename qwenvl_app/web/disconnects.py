@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qwenvl_app.caller import Caller
+from qwenvl_app.service.deadline import Caller
 
 log = logging.getLogger(__name__)
 

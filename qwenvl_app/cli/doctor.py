@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -16,10 +16,15 @@ import torch
 
 from qwenvl_app.engine import cpu, memory
 from qwenvl_app.errors import ModelLoadError
-from qwenvl_app.loading import checkpoint, devices, footprint, plan
+from qwenvl_app.loading import (
+    checkpoint,
+    devices,
+    footprint,
+    plan,
+)
 from qwenvl_app.settings import Settings
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent.parent
 # Libraries, buffers and what CUDA takes for itself, beside what is counted here.
 _BASE = int(1.5 * plan.GIB)
 
@@ -68,14 +73,14 @@ def examine(settings: Settings, bind: str) -> Iterator[Finding]:
 
 
 def _versions() -> Finding:
-    pinned = re.findall(
-        r"^([a-z-]+)==(\S+)", (_ROOT / "requirements.txt").read_text(), re.MULTILINE
-    )
+    file = _ROOT / "requirements.txt"  # of a checkout; a wheel has the same in its metadata
+    text = file.read_text() if file.is_file() else "\n".join(metadata.requires("qwenvl") or ())
+    pinned = re.findall(r"^([a-z-]+)==(\S+)", text, re.MULTILINE)
     other = []
     for name, expected in pinned:
         try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
             found = "missing"
         if found.split("+")[0] != expected:
             other.append(f"{name} is {found}, tested with {expected}")

@@ -19,9 +19,14 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from qwenvl_app.admission import Admission
-from qwenvl_app.generation import BackendStats, FinishReason, Phase, Status
-from qwenvl_app.record import RequestRecord
+from qwenvl_app.generation import (
+    BackendStats,
+    FinishReason,
+    Phase,
+    Status,
+)
+from qwenvl_app.service.admission import Admission
+from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.version import VERSION
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_PLAIN_0_0_4

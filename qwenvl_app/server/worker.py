@@ -24,9 +24,9 @@ from gunicorn.http.errors import InvalidHeader
 from gunicorn.workers.gthread import ThreadWorker
 
 from qwenvl_app.errors import ServiceError
+from qwenvl_app.server import listeners, refusals
+from qwenvl_app.server.reception import Connection, Reception
 from qwenvl_app.settings import load_settings
-from qwenvl_app.web import listeners, refusals
-from qwenvl_app.web.reception import Connection, Reception
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

@@ -19,9 +19,9 @@ from gunicorn.http import RequestParser
 from gunicorn.workers.gthread import TConn
 
 from qwenvl_app.errors import ServiceError, Unavailable
+from qwenvl_app.server import refusals
+from qwenvl_app.server.framing import Incoming, State
 from qwenvl_app.settings import Settings
-from qwenvl_app.web import refusals
-from qwenvl_app.web.framing import Incoming, State
 
 # Bytes at a time. Of a body much, since every call may wait for the GIL; of a head less, since what
 # belongs to the requests after it is copied with each of them.

@@ -1,0 +1,1 @@
+"""An uploaded file to an RGB picture, in memory and under limits."""

@@ -1,0 +1,1 @@
+"""The gunicorn worker: bytes to whole requests, before Flask sees them."""

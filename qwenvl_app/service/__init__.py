@@ -1,0 +1,1 @@
+"""What stands between a route and a backend: admission, deadline, record, metrics."""
