@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import socket
+from dataclasses import dataclass
 from http import HTTPStatus
 
 from gunicorn.http import Request
@@ -76,12 +77,21 @@ def of(error: BaseException) -> ServiceError:
     return InternalError("处理请求时发生意外错误，请稍后重试。")
 
 
-def send(sock: socket.socket, error: ServiceError, request: Request | None, why: str) -> None:
+@dataclass(frozen=True)
+class Notes:
+    """What is known of a refused request besides its head, which may be unreadable."""
+
+    why: str  # for the log
+    client: str  # address
+    is_head: bool  # HEAD is asked for: the answer has a body's length and no body
+
+
+def send(sock: socket.socket, error: ServiceError, request: Request | None, notes: Notes) -> None:
     """Answer with ``error``; the caller closes the connection. Any thread, never blocks."""
     sent = dict(request.headers).get(HEADER.upper(), "") if request else ""
     request_id = choose(sent)
-    fields = {"client": _address(sock), "status": error.status, "reason": error.reason}
-    log.info("refused: %s", why, extra={"request_id": request_id, "fields": fields})
+    fields = {"client": notes.client, "status": error.status, "reason": error.reason}
+    log.info("refused: %s", notes.why, extra={"request_id": request_id, "fields": fields})
     detail = error.detail
     if isinstance(error, InternalError):
         detail = f"{INTERNAL_PREFIX}{detail}（请求编号 {request_id}）"
@@ -97,14 +107,8 @@ def send(sock: socket.socket, error: ServiceError, request: Request | None, why:
     ]
     if error.retry_after is not None:
         head.append(f"Retry-After: {error.retry_after}")
-    write(sock, "\r\n".join([*head, "", ""]).encode("latin-1") + body)
-
-
-def _address(sock: socket.socket) -> str:
-    try:
-        return str(sock.getpeername()[0])
-    except (OSError, IndexError):  # it has gone, or is no TCP
-        return "-"
+    data = "\r\n".join([*head, "", ""]).encode("latin-1")
+    write(sock, data if notes.is_head else data + body)
 
 
 def write(sock: socket.socket, data: bytes) -> None:
