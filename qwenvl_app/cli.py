@@ -1,25 +1,41 @@
-"""``flask --app wsgi check-config``, ``doctor`` and ``download``: for whoever runs the service."""
+"""``flask --app wsgi check-config``, ``doctor`` and ``download``: for whoever runs the service.
+
+Flask's own ``run``, ``routes`` and ``shell`` get the application itself.
+"""
 
 from __future__ import annotations
 
 import logging.config
-import os
 import sys
 import time
 
 import click
 from flask import Flask
+from flask.cli import FlaskGroup
 
-from qwenvl_app import logs
+from qwenvl_app import create_app, logs
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.settings import SECRETS, Settings, SettingsError, explain
 
 _LINES_APART_S = 5
 
 
-def is_running() -> bool:
-    """Whether this process is the ``flask`` command."""
-    return os.environ.get("FLASK_RUN_FROM_CLI") == "true"  # Flask's own mark
+def application() -> Flask:
+    """What ``wsgi.py`` is imported for: the application, or its commands alone.
+
+    Those must neither load a model nor need settings that are right. It is the ``flask`` group that
+    looks for them; a command that Flask has itself imports the application on its own behalf.
+    """
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return create_app()
+    if isinstance(context.command, FlaskGroup):
+        return commands()
+    settings, _ = effective()
+    logging.config.dictConfig(logs.config(settings.log_format))
+    app = create_app(settings)
+    context.call_on_close(app.extensions["qwenvl"]["close"])
+    return app
 
 
 def commands() -> Flask:
