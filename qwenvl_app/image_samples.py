@@ -9,7 +9,7 @@ from PIL import Image, ImageChops, ImagePalette
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-_UNSIGNED, _SIGNED = 1, 2  # TIFF's sample formats
+_UNSIGNED = 1  # of TIFF's sample formats
 _BITS, _PLANAR, _COLORS, _EXTRA, _FORMAT = 258, 284, 320, 338, 339  # TIFF's tags
 _PNG_GREY = {"L;2": 3, "L;4": 15}  # Pillow's raw modes and the largest sample of each
 # What Pillow means for a file's own order, though libtiff hands it the machine's.
@@ -63,8 +63,6 @@ def to_rgb(image: Image.Image, samples: Samples, *, inverted: bool = False) -> I
     """``image`` in 8 bits on white. ``inverted``: its grey is white at 0."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_eight_bits(image, samples)
-    elif image.mode == "L" and samples.kind == _SIGNED:
-        image = image.point(lambda value: value ^ 128)
     if inverted:
         image = _inverted(image)
     if (

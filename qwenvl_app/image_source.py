@@ -110,6 +110,8 @@ def _png(data: bytes) -> Source:
     runs: list[list[int]] = [[0, 8]]
     pixels = False
     for kind, start, end in png_chunks(data):
+        if pixels and end - start == 8:  # a header at the file's end, and no more
+            break
         pixels |= kind == b"IDAT"
         if kind.isalpha() and kind[0] & 32:
             if kind not in _PNG_CHECKED or not _whole(data, start, end):
@@ -206,16 +208,20 @@ def _webp(data: bytes) -> Source:
 def _bmp(data: bytes) -> Source:
     """Without the number of its colours, where there are fewer than fit.
 
-    Pillow takes black and white for a picture of one bit a pixel, whatever it has. The number says
-    how many are stored, and without it Pillow reads what follows as colours that no pixel has.
+    Pillow takes black and white for a picture of one bit a pixel and greys from 0 on for one of 8,
+    whatever it has. Without the number it reads what follows as more colours, and does neither.
     """
     start, header = struct.unpack_from("<LL", data, 10)
     if header < 40:
         return Source((data,))
     bits, used = struct.unpack_from("<H16xL", data, 28)
-    if bits not in (4, 8) or not 0 < used < 1 << bits or start == 14 + header:
+    fewer = used == 2 if bits == 8 else bits == 4 and 0 < used < 16
+    if not fewer or start == 14 + header:
         return Source((data,))
-    return Source(_replaced(data, {46: bytes(4)}))
+    greys = (0, 255) if used == 2 else range(used)
+    colors = data[14 + header : 14 + header + 4 * used]
+    misread = all(colors[4 * i : 4 * i + 3] == bytes([grey] * 3) for i, grey in enumerate(greys))
+    return Source(_replaced(data, {46: bytes(4)}) if misread else (data,))
 
 
 def _tiff(data: bytes) -> Source:

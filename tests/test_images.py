@@ -437,4 +437,10 @@ def test_a_gif_that_lacks_its_trailer(mode: str):
 
 
 def test_a_png_that_lacks_its_end():
-    assert decode(picture()[:-12]).tobytes() == decode(picture()).tobytes()
+    """Its last chunk, or more of it, but none of its pixels."""
+    whole = decode(picture()).tobytes()
+    for cut in range(1, 17):
+        assert decode(picture()[:-cut]).tobytes() == whole
+    assert decode(picture()[:-12] + b"\0\0\1\0IDAT").tobytes() == whole
+    with pytest.raises(BadRequest):
+        decode(picture()[:-40])
