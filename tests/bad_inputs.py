@@ -14,8 +14,10 @@ from PIL import Image
 
 from tests import pictures as p
 from tests.contract import MISSING_IMAGE, MISSING_PROMPT, URLENCODED
+from tests.picture_writers import bmp, gif, png, ramp, tiff
 from tests.wire import BOUNDARY, END, GOOD, IMAGE, MULTIPART, PNG, PROMPT, encode, part, picture
 
+ARGB = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
 UNREADABLE = "上传的文件无法作为图片读取，可能已损坏或格式不受支持。"
 FORM_DATA = "multipart/form-data; boundary="
 TOO_MANY = "Too many fields. Maximum number of fields is 1000."
@@ -374,6 +376,11 @@ def _deep_tiff() -> bytes:
     )
 
 
+def _scan_missing() -> bytes:
+    data = p.progressive(10)
+    return data[: data.rindex(b"\xff\xc4")]
+
+
 PICTURES = [
     _bad("no picture", lambda: b"not a picture"),
     _bad("SVG", lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>'),
@@ -404,11 +411,16 @@ PICTURES = [
         for name in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "HEIF", "MPO")
     ),
     _bad("PNG with a bad checksum", _bad_crc),
+    _bad("PNG with a bad checksum of its palette", lambda: p.png_with(_damaged(b"PLTE", bytes(3)))),
     _bad("PNG zero wide", lambda: p.png_header(0, 8) + p.chunk(b"IDAT")),
     _bad("PNG without pixels", lambda: p.png_header(8, 8) + p.chunk(b"IEND")),
     _bad("1,600,000 empty chunks", lambda: p.png_with(p.chunk(b"abCd") * 1_600_000)),
     _bad("zTXt bomb of 100 MB", lambda: p.png_with(p.zipped(_ztxt, 100 * p.MB))),
     _bad("iCCP bomb of 100 MB", lambda: p.png_with(p.zipped(_icc, 100 * p.MB))),
+    _bad(
+        "zTXt bomb of 100 MB behind the pixels",
+        lambda: PNG[:-12] + p.zipped(_ztxt, 100 * p.MB) + PNG[-12:],
+    ),
     _bad("15,000 iCCP chunks of 1 MB", lambda: p.png_with(p.zipped(_icc, p.MB - 9) * 15_000)),
     _bad(
         "70 iTXt chunks of 1 MB",
@@ -434,6 +446,13 @@ PICTURES = [
     ),
     _bad("JPEG of fill bytes", lambda: p.jpeg_with(b"\xff" * 19 * p.MB)),
     _bad("JPEG with 1,000 scans", lambda: p.progressive(1000)),
+    _bad(
+        "JPEG with 1,000 scans behind 600 comments",
+        lambda: p.progressive(1000, b"\xff\xfe\0\2" * 600),
+    ),
+    _bad("JPEG without its last 50 bytes", lambda: p.JPEG[:-50]),
+    _bad("JPEG of which half is zeros", lambda: _half(p.JPEG) + bytes(len(p.JPEG))),
+    _bad("progressive JPEG without its last scan", _scan_missing),
     _bad("GIF of 6,000,000 empty comments", lambda: p.gif_with(b"!\xfe\0" * 6_000_000)),
     _bad("GIF with a comment of 19 MB", lambda: p.gif_with(b"!\xfe" + b"\2ab" * 6_000_000 + b"\0")),
     _bad("GIF without a frame", lambda: b"GIF89a\x08\0\x08\0\0\0\0;"),
@@ -471,6 +490,10 @@ PICTURES = [
         "图片的长宽比不能超过 200，但收到的图片为 2×1800 像素。",
     ),
 ]
+
+
+def _damaged(kind: bytes, data: bytes) -> bytes:
+    return p.chunk(kind, data)[:-1] + b"?"
 
 
 def _half(data: bytes) -> bytes:
@@ -522,6 +545,43 @@ ODD_BUT_GOOD = [
         "a colour profile that is nonsense",
         lambda: encode(Image.new("RGB", (8, 8)), icc_profile=b"nonsense"),
     ),
+    *(
+        _good(
+            f"PNG with 3 MB of {kind}", lambda kind=kind: p.png_with(p.packed_text(kind, 3 * p.MB))
+        )
+        for kind in ("tEXt", "zTXt", "iTXt", "iCCP")
+    ),
+    *(
+        _good(
+            f"PNG with a bad checksum of {kind.decode()}",
+            lambda kind=kind: p.png_with(_damaged(kind, bytes(26))),
+        )
+        for kind in (b"tEXt", b"iCCP", b"tRNS", b"eXIf", b"acTL")
+    ),
+    _good("PNG without its end", lambda: PNG[:-12]),
+    _good("JPEG without its end", lambda: p.JPEG[:-2]),
+    _good("JPEG with half of its end", lambda: p.JPEG[:-1]),
+    _good("progressive JPEG without its end", lambda: p.progressive(10)[:-2]),
+    _good("GIF without its trailer", lambda: p.GIF[:-1]),
+    _good("GIF smaller than its canvas", lambda: _grey_gif(canvas=(64, 64), at=(9, 9))),
+    _good("WebP smaller than its canvas", lambda: p.small_webp(Image.new("RGB", (8, 8)), (64, 64))),
+    _good(
+        "BMP whose alpha is 0", lambda: bmp(ramp(8, 8, 1, 24)[:, :, 0], 32, header=124, masks=ARGB)
+    ),
+    _good("TIFF of 16 bits whose 0 is white", lambda: tiff(ramp(8, 8, 1, 16), 16, 0)),
+    _good(
+        "big-endian TIFF of 16 bits whose 0 is white",
+        lambda: tiff(ramp(8, 8, 1, 16), 16, 0, order=">"),
+    ),
+    *(
+        _good(
+            f"PNG of {channels} times 16 bits with a transparent colour",
+            lambda channels=channels, color=color: png(
+                ramp(8, 8, channels, 16), 16, color, before=p.chunk(b"tRNS", bytes(2 * channels))
+            ),
+        )
+        for channels, color in ((1, 0), (3, 2))
+    ),
     _good("MPO", lambda: picture(file_format="MPO")),
     _good("one pixel", lambda: encode(Image.new("RGB", (1, 1)))),
     _good("a ratio of 200", lambda: picture(size=(200, 1))),
@@ -541,6 +601,10 @@ ODD_BUT_GOOD = [
         for name in ("HEIF", "AVIF", "BMP", "TIFF", "WEBP")
     ),
 ]
+
+
+def _grey_gif(**options: tuple[int, int]) -> bytes:
+    return gif(ramp(8, 8, 1, 2)[:, :, 0], [(85 * i, 85 * i, 85 * i) for i in range(4)], **options)
 
 
 def jpeg_with_exif(data: bytes) -> bytes:

@@ -25,6 +25,8 @@ LAYERS = [
         1,
         (
             "qwenvl_app.images",
+            "qwenvl_app.image_samples",
+            "qwenvl_app.image_source",
             "qwenvl_app.image_structure",
             "qwenvl_app.prompts",
             "qwenvl_app.admission",
