@@ -268,7 +268,7 @@ def test_one_row_whose_sampling_fails_ends_alone(wild, caplog):
             for _ in range(2)
         ]
         bad = engine.submit(request(image, temperature=1.0, max_new_tokens=60))
-        bad.sampler.sample = lambda _logits: 1 / 0
+        bad.sampler.process = lambda _scores: 1 / 0
         with pytest.raises(InternalError):
             list(bad)
         assert all(list(other)[-1].finish_reason is FinishReason.LENGTH for other in others)

@@ -8,6 +8,7 @@ import torch
 
 from qwenvl_app.engine.model import Runner
 from qwenvl_app.engine.prefix_cache import Prefix, PrefixCache
+from qwenvl_app.engine.sampling import next_tokens
 from qwenvl_app.engine.scheduler import Encode, Plan
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import Encoding
@@ -94,8 +95,8 @@ class Executor:
             )
         for sequence in sequences:
             sequence.computed += 1
-        if len(sequences) < len(rows):
-            logits = logits[[rows.index(sequence) for sequence in sequences]]
+        if len(sequences) < len(rows):  # one by one: a list of indices would be copied to a GPU
+            logits = torch.stack([logits[rows.index(sequence)] for sequence in sequences])
         return self._pick(sequences, logits, rows)
 
     def _encode(self, encode: Encode[Sequence]) -> None:
@@ -120,27 +121,19 @@ class Executor:
     def _pick(
         self, sequences: list[Sequence], logits: torch.Tensor, rows: list[Sequence]
     ) -> list[Outcome]:
-        """The next token of each sequence whose prompt is complete."""
-        # One look at the device for all: the likeliest token, or -1 where a number is not finite.
-        finite = logits.isfinite().all(-1)
-        likeliest = torch.where(finite, logits.argmax(-1), -1).tolist()
+        """The next token of each sequence whose prompt is complete, or why there is none."""
+        ready = [sequence.computed >= sequence.prompt_length for sequence in sequences]
+        samplers = [
+            sequence.sampler if is_ready else None
+            for sequence, is_ready in zip(sequences, ready, strict=True)
+        ]
+        tokens = next_tokens(samplers, logits)
         outcomes: list[Outcome] = []
-        for number, (sequence, token) in enumerate(zip(sequences, likeliest, strict=True)):
-            if token < 0:
-                log.error("logits are not finite (request %s)", sequence.request_id)
+        for sequence, is_ready, token in zip(sequences, ready, tokens, strict=True):
+            if isinstance(token, Exception):
+                log.error("no token (request %s)", sequence.request_id, exc_info=token)
                 self.cache.clear(rows.index(sequence))
                 outcomes.append((sequence, InternalError(FAILED)))
-            elif sequence.computed < sequence.prompt_length:
-                continue
-            elif sequence.sampler.is_argmax:
+            elif is_ready:
                 outcomes.append((sequence, token))
-            else:
-                outcomes.append((sequence, self._sample(sequence, logits[number])))
         return outcomes
-
-    def _sample(self, sequence: Sequence, logits: torch.Tensor) -> int | ServiceError:
-        try:
-            return sequence.sampler.sample(logits)
-        except Exception:
-            log.exception("sampling failed (request %s)", sequence.request_id)
-            return InternalError(FAILED)
