@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from demo.scenes import draw
-from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.model import LoadedModel, Runner, prepare
 from qwenvl_app.engine.vision import Encoding
 from qwenvl_app.errors import DeadlineExceeded, InternalError, TooLarge, Unavailable
 from qwenvl_app.generation import FinishReason, GenerationRequest, Phase
@@ -158,6 +159,22 @@ def test_the_same_picture_is_looked_at_once(wild, monkeypatch):
         assert 0 < last.usage.cached_tokens < last.usage.prompt_tokens
         finish(engine.submit(request(random_image(random.Random(9)), max_new_tokens=1)))
     assert seen == [1, 1]
+
+
+def test_what_is_made_of_a_picture_goes_when_that_is_read(wild):
+    """Of several pictures together it was one tensor, which stayed until all were read."""
+    runner = Runner(wild.model)
+    jobs = []
+    for size in (64, 96):
+        image = Image.new("RGB", (size, size), "red")
+        inputs = prepare(wild, image, "?")
+        inputs.pixels = wild.patcher.patches(image)
+        jobs.append(SimpleNamespace(inputs=inputs, patches=len(inputs.pixels)))
+    with torch.inference_mode():
+        made = runner.encode(jobs).advance(0, runner.depth)
+    parts = [tensor for each in made for tensor in (each.embeds, *each.deepstack)]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in parts}) == len(parts)
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in parts)
 
 
 def test_memory_follows_the_tokens(wild):

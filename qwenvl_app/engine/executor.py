@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -25,30 +26,38 @@ class Executor:
     """Carries out plans; decides nothing. Used by the engine's thread alone.
 
     ``rows`` is always the scheduler's list: row ``i`` of the cache belongs to ``rows[i]``.
-    ``budget`` is the scheduler's, in tokens.
+    ``budget`` is the scheduler's, in tokens, and ``room`` how many of them are the cache's now.
     """
 
-    def __init__(self, runner: Runner, prefixes: PrefixCache, budget: int):
+    def __init__(self, runner: Runner, prefixes: PrefixCache, budget: int, room: Callable[[], int]):
         self.runner, self.prefixes = runner, prefixes
         self.cache = runner.new_cache(budget)
+        self._room = room
         self._encoding: Encoding | None = None
+        self._encoded: list[Sequence] = []  # whose pictures are in it
 
     def reset(self) -> None:
         """Forget everything that was under way."""
         self.cache.reset()
-        self._encoding = None
+        self._encoding, self._encoded = None, []
 
     def shrink(self, rows: list[Sequence]) -> None:
         """Give memory back that nobody needs any more."""
-        self.cache.fit(len(rows), max((row.computed for row in rows), default=0))
+        self._fit([row.computed for row in rows])
+
+    def remove(self, sequence: Sequence, moved: tuple[int, int] | None) -> None:
+        """``sequence`` has left; for that a row has ``moved``, (from, to)."""
+        if sequence in self._encoded:  # the others start again, see ``Scheduler.remove``
+            self._encoding, self._encoded = None, []
+        if moved:
+            self.cache.move(*moved)
 
     def restore_prefixes(self, rows: list[Sequence]) -> None:
         """Begin the rows whose picture was asked about before with what was kept of it."""
         found = [(row, seq, seq.prefix) for row, seq in enumerate(rows) if seq.prefix]
         if not found:
             return
-        longest = max(row.computed for row in rows)
-        self.cache.fit(len(rows), max(longest, *(prefix.length for _, _, prefix in found)))
+        self._fit([row.prefix.length if row.prefix else row.computed for row in rows])
         for row, sequence, prefix in found:
             self.cache.restore(row, prefix.layers)
             sequence.computed = sequence.cached = prefix.length
@@ -56,14 +65,14 @@ class Executor:
 
     def prefill(self, plan: Plan[Sequence], rows: list[Sequence]) -> list[Outcome]:
         """A step's pictures and prompts: what became of each whose prompt is complete now."""
-        widths = {id(sequence): width for sequence, width in plan.prefill}
-        self.cache.fit(
-            len(rows), max((row.computed + widths.get(id(row), 1) + 1 for row in rows), default=0)
-        )
         if plan.encode:
+            self._fit([row.computed for row in rows])  # what the tower takes is given back first
             self._encode(plan.encode)
-        else:
-            self._encoding = None  # whose pictures were in it has left
+        widths = {id(sequence): width for sequence, width in plan.prefill}
+        ends = [row.computed + widths.get(id(row), 0) for row in rows]
+        # Then all are in the decode call, and get a token there or what is written over.
+        decodes = any(end >= row.prompt_length for row, end in zip(rows, ends, strict=True))
+        self._fit([end + decodes for end in ends])
         if not plan.prefill:
             return []
         sequences = [sequence for sequence, _ in plan.prefill]
@@ -99,12 +108,17 @@ class Executor:
             logits = torch.stack([logits[rows.index(sequence)] for sequence in sequences])
         return self._pick(sequences, logits, rows)
 
+    def _fit(self, ends: list[int]) -> None:
+        """Room for rows that end there, within what the scheduler leaves for it."""
+        rows = max((row for row, end in enumerate(ends, 1) if end), default=0)
+        self.cache.fit(rows, max(ends, default=0), self._room())
+
     def _encode(self, encode: Encode[Sequence]) -> None:
         if encode.first == 0:
-            self._encoding = self.runner.encode(encode.jobs)
+            self._encoding, self._encoded = self.runner.encode(encode.jobs), encode.jobs
         assert self._encoding is not None  # noqa: S101  # the scheduler begins at the first layer
         if features := self._encoding.advance(encode.first, encode.last):
-            self._encoding = None
+            self._encoding, self._encoded = None, []
             for sequence, made in zip(encode.jobs, features, strict=True):
                 sequence.features, sequence.inputs.pixels = made, None
 
