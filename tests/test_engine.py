@@ -366,6 +366,62 @@ def test_out_of_memory_is_said_as_503(wild, monkeypatch, error):
         finish(engine.submit(request(image, max_new_tokens=2)))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+)
+def test_want_of_memory_to_keep_a_picture_ends_nobody(wild, monkeypatch, asked, error):
+    """Its logits were there already, and those of all others; now nothing is kept instead."""
+    with running(wild, prefix_cache_bytes=2**26) as engine:
+        cache = engine._executor.cache
+        real, calls = cache.save, []
+
+        def full(row, length):
+            calls.append(row)
+            if len(calls) > 1:
+                raise error
+            return real(row, length)
+
+        monkeypatch.setattr(cache, "save", full)
+        pairs = [(engine.submit(each), solo) for each, solo in asked[:8]]
+        for sequence, _ in pairs:
+            finish(sequence)
+        assert len(calls) == 8
+        assert len(engine.prefixes) == 0
+        monkeypatch.setattr(cache, "save", real)
+        again = [(engine.submit(each), solo) for each, solo in asked[:4]]
+        for sequence, _ in again:
+            finish(sequence)
+        assert len(engine.prefixes) == 4
+    judge(pairs + again)
+
+
+def test_what_waiting_requests_hold_of_known_pictures_counts(wild):
+    """It had been dropped for others, and was there beside all that the budget allows."""
+    rng = random.Random(12)
+    images = [random_image(rng) for _ in range(6)]
+    options = {"max_new_tokens": 200, "ignore_eos": True, "stream": True}
+    with running(wild, slots=1, prefix_cache_bytes=2**20) as engine:
+        finish(engine.submit(request(images[0], max_new_tokens=1)))
+        kept = engine.prefixes.bytes
+        busy = engine.submit(request(Image.new("RGB", (64, 64)), **options))
+        next(iter(busy))
+        waits = engine.submit(request(images[0], max_new_tokens=1))
+        held = waits.prefix
+        assert held
+        assert not engine.prefixes.make_room(engine.prefixes.budget - kept + 1)
+        assert engine.prefixes.bytes >= kept
+        busy.cancel()
+        finish(waits)
+        del held
+        for image in images[1:]:
+            finish(engine.submit(request(image, max_new_tokens=1)))
+            assert engine.prefixes.bytes <= engine.prefixes.budget
+
+
 @pytest.mark.parametrize("part", ["prefill", "decode"])
 def test_a_failure_that_keeps_coming_marks_the_engine(wild, monkeypatch, part):
     """A prefill that works does not make up for a decode that never does."""

@@ -145,6 +145,32 @@ def test_move_clear_save_and_restore():
     assert cache.save(1, 4)[0][1][0, :, 0].tolist() == [3.5, 3.5, 0, 0]
 
 
+@pytest.mark.parametrize("sides", [(3, 3 * BLOCK), (1, BLOCK)])
+@pytest.mark.parametrize("place", range(4))
+def test_where_memory_ran_out_the_same_call_goes_on(monkeypatch, sides, place):
+    cache = SlotCache(LAYOUT)
+    cache.fit(2, 2 * BLOCK)
+    for layer in (0, 1):
+        write(cache, [0, 1], [0, 0], [BLOCK, BLOCK], layer, value=7.0)
+    real, calls = torch.Tensor.new_zeros, []
+
+    def new_zeros(*arguments):
+        calls.append(arguments)
+        if len(calls) == place + 1:
+            raise torch.OutOfMemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.fit(*sides, most=3 * BLOCK if sides[0] == 1 else 9 * BLOCK)
+    cache.fit(*sides, most=3 * BLOCK if sides[0] == 1 else 9 * BLOCK)
+    assert len(calls) == 5
+    assert cache.bytes == sides[0] * sides[1] * LAYOUT.token_bytes
+    for keys, values in cache.save(0, BLOCK):
+        assert keys.eq(7).all()
+        assert values.eq(7.5).all()
+
+
 @pytest.mark.parametrize("rows", [0, 2])
 def test_shrinking_to_what_it_is_changes_nothing(rows):
     cache = SlotCache(LAYOUT)

@@ -74,9 +74,8 @@ class Engine:
             (options.patch_bytes[0] / token, options.patch_bytes[1] / token),
         )
         self.prefixes = PrefixCache(options.prefix_cache_bytes)
-        self._executor = Executor(
-            self._runner, self.prefixes, self._budget, self._scheduler.cache_room
-        )
+        room = self._scheduler.cache_room
+        self._executor = Executor(self._runner, self.prefixes, self._budget, room)
         self._salt = repr(sorted(loaded.image_processor.to_dict().items()))
         ends = loaded.model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends])

@@ -13,7 +13,7 @@ from qwenvl_app.engine.sampling import next_tokens
 from qwenvl_app.engine.scheduler import Encode, Plan
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import Encoding
-from qwenvl_app.errors import InternalError, ServiceError
+from qwenvl_app.errors import InternalError, ServiceError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,20 @@ class Executor:
     def _fit(self, ends: list[int]) -> None:
         """Room for rows that end there, within what the scheduler leaves for it."""
         rows = max((row for row, end in enumerate(ends, 1) if end), default=0)
-        self.cache.fit(rows, max(ends, default=0), self._room())
+        length, most = max(ends, default=0), self._room()
+        try:
+            self.cache.fit(rows, length, most)
+        except Exception as error:
+            if not self._gives_way(error):
+                raise
+            self.cache.fit(rows, length, most)
+
+    def _gives_way(self, error: Exception) -> bool:
+        """Whether ``error`` is about memory and known pictures could be dropped for it."""
+        if not is_out_of_memory(error) or not (freed := self.prefixes.clear()):
+            return False
+        log.warning("the memory ran out: known pictures are dropped, %d MiB", freed // 2**20)
+        return True
 
     def _encode(self, encode: Encode[Sequence]) -> None:
         if encode.first == 0:
@@ -128,9 +141,21 @@ class Executor:
             if sequence.features is None or sequence.computed < length:
                 continue
             sequence.features = None  # they are in the cache now
-            if sequence.image_key is not None:
-                layers = self.cache.save(rows.index(sequence), length)
-                self.prefixes.put(sequence.image_key, Prefix(length, layers))
+            key = sequence.image_key
+            if key is not None and self.prefixes.peek(key) is None:
+                self._save_prefix(key, rows.index(sequence), length)
+
+    def _save_prefix(self, key: bytes, row: int, length: int) -> None:
+        """If there is memory for it: no answer depends on that."""
+        if not self.prefixes.make_room(self.cache.layout.bytes(length, 1)):
+            return
+        try:
+            self.prefixes.put(key, Prefix(length, self.cache.save(row, length)))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("the memory ran out: a picture is not kept, nor are those that were")
+            self.prefixes.clear()
 
     def _pick(
         self, sequences: list[Sequence], logits: torch.Tensor, rows: list[Sequence]

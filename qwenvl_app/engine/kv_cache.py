@@ -114,7 +114,8 @@ class SlotCache(Cache):
         What lies outside of that is lost: ``rows`` and ``length`` are of all that live. ``most``:
         the tokens that there may be in all, those included that nobody needs, or not yet.
         """
-        rows_now, _, length_now, _ = self._keys[0].shape
+        # Of the tensor that is changed last: where memory ran out, the same call goes on.
+        rows_now, _, length_now, _ = self._values[-1].shape
         held = rows_now * length_now
         too_small = rows > rows_now or length > length_now
         rows, length = self._sides(rows, length, most)
@@ -258,6 +259,8 @@ class SlotCache(Cache):
         # Layer by layer, so that at most one of them is there twice.
         for tensors in (self._keys, self._values):
             for number, old in enumerate(tensors):
+                if old.shape[0] == rows and old.shape[2] == length:
+                    continue
                 new = old.new_zeros(rows, self.layout.heads, length, self.layout.head_dim)
                 kept_rows, kept = min(rows, old.shape[0]), min(length, old.shape[2])
                 new[:kept_rows, :, :kept] = old[:kept_rows, :, :kept]
