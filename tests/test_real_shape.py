@@ -22,6 +22,7 @@ from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.model import LoadedModel, prepare
+from qwenvl_app.engine.sampling import next_tokens
 from qwenvl_app.generation import FinishReason, Phase, SamplingParams
 from qwenvl_app.loading.checkpoint import check
 from qwenvl_app.loading.load import load
@@ -155,7 +156,7 @@ def test_it_samples_as_the_checkpoint_says(loaded):
         )
         for sequence in (first, same, other):
             finish(sequence)
-        drawn = {first.sampler.sample(scores) for _ in range(300)}
+        drawn = {next_tokens([first.sampler], scores[None])[0] for _ in range(300)}
     assert first.tokens == same.tokens != other.tokens
     # The 20 likeliest share the mass almost evenly, and the first 80 % of it are 16 of them.
     assert drawn == set(range(984, 1000))
