@@ -75,7 +75,7 @@ def _read(settings: Settings, caller: Caller) -> RecognizeForm:
     """The form, within all limits that can be checked without work."""
     caller.check()
     try:
-        fields = read_form(request)
+        fields = read_form(request, RecognizeForm.model_fields)
     except ClientDisconnected:
         raise ClientGone from None
     caller.check()
