@@ -143,11 +143,11 @@ def _judged(about: str, made: plan.Plan, empty: plan.Plan | None = None) -> Find
 def _host(settings: Settings, need: footprint.Footprint, host: int) -> Finding:
     """The machine's memory beside GPUs."""
     each = plan.picture(need, settings)
-    wanted = _BASE + need.tokenizers + settings.max_concurrency * each
+    wanted = _BASE + need.tokenizer + settings.max_concurrency * each
     text = f"{plan.gib(host)} free, up to {plan.gib(wanted)} wanted for libraries and pictures"
     if host >= wanted:
         return Finding(Level.OK, "host memory", text)
-    fewer = max(0, host - _BASE - need.tokenizers) // each
+    fewer = max(0, host - _BASE - need.tokenizer) // each
     fits = f"MAX_CONCURRENCY={fewer} fits; or " if fewer else ""
     return Finding(Level.WARN, "host memory", f"{text}; {fits}lower MAX_IMAGE_MEGAPIXELS")
 

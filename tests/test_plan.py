@@ -32,7 +32,7 @@ def published(
         unread=0,
         repacked=0,
         read=0,
-        tokenizers=190 * MIB,
+        tokenizer=130 * MIB,
         kv_token=2 * layers * 8 * head * 2,
         attention_token=2 * heads * head * 2 + 8 * head * 2,
         state=0,

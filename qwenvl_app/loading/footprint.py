@@ -26,9 +26,9 @@ _STORED = {  # others take one byte
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
 }
-# Tables of a vocabulary and its merges, in Rust and in Python, take 8.5 times the bytes of
-# tokenizer.json; two tokenizers are kept (prompts.py). Measured with the published one, 11 MB.
-_TOKENIZERS = 2 * 8.5
+# Tables of a vocabulary and its merges, in Rust and in Python, and what reading them leaves behind
+# take so many times the bytes of tokenizer.json. Measured with the published one, 11 MB.
+_TOKENIZER = 12
 _LAYER = re.compile(r".*\blayers\.\d+\.")
 _LINEAR = "linear_attention"  # with a state of fixed size in place of keys and values
 
@@ -58,7 +58,7 @@ class Footprint:
     unread: int  # of the weights: rows of the embedding, which are read as their tokens occur
     repacked: int  # what engine/cpu.py lays out and leaves, too, on a CPU in float32
     read: int  # of the files, to lay it out: mapped still, but given back when memory is wanted
-    tokenizers: int
+    tokenizer: int
     kv_token: int  # of the KV cache, a token
     attention_token: int  # beside it, for a moment: one layer's keys and values for all heads
     state: int  # a request: what layers keep that have no keys and values
@@ -112,7 +112,7 @@ def measure(
     return Footprint(
         dtype=dtype,
         **_weights(directory, config, size, cpu=cpu, expands_fp8=expands_fp8),
-        tokenizers=int(_TOKENIZERS * _length(directory / "tokenizer.json")),
+        tokenizer=_TOKENIZER * _length(directory / "tokenizer.json"),
         kv_token=attending * keys,
         attention_token=2 * heads * head * size + keys // 2,
         state=_state(text, size),

@@ -79,7 +79,7 @@ class Plan:
         pixels = settings.max_image_megapixels * 1e6
         tokens = slots * _tokens(need, settings)
         known = min(self.known, slots * need.picture_tokens * need.kv_token)
-        idle = base + LIBRARIES + need.tokenizers + _weights(need) + need.read - need.unread
+        idle = base + LIBRARIES + need.tokenizer + _weights(need) + need.read - need.unread
         decoding = slots * picture(need, settings)
         encoding = slots * (DECODED * pixels + FLOATS * need.pixels) + need.tower.peak(need.patches)
         answering = (
@@ -217,7 +217,7 @@ def _usable(need: Footprint, settings: Settings, free: Sequence[int], *, cpu: bo
     """Of each device, for weights and caches."""
     fixed = settings.max_concurrency * need.state + settings.prefill_chunk * need.chunk_token
     if cpu:
-        fixed += LIBRARIES + need.tokenizers
+        fixed += LIBRARIES + need.tokenizer
         return [size - max(_CPU_MARGIN, int(_CPU_SHARE * size)) - fixed for size in free]
     return [size - _GPU_MARGIN - fixed for size in free]
 

@@ -26,25 +26,23 @@ def load(
     auto: Any = AutoImageProcessor  # transformers' annotations don't know it
     try:
         processor = auto.from_pretrained(directory, local_files_only=True)
-        control, text = (
-            AutoTokenizer.from_pretrained(directory, local_files_only=True) for _ in range(2)
-        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception:  # whatever their parsers have for what they do not understand
         log.exception("the processor's files can't be used")
         raise ModelLoadError(
             "preprocessor_config.json or the tokenizer's files can't be used; copy or download "
             "all that is not weights again"
         ) from None
-    _check_tokenizer(control, config)
+    _check_tokenizer(tokenizer, config)
     _check_processor(Patcher(processor), config.vision_config)
     try:
-        prompts = PromptBuilder(control, text, template, processor.merge_size)
+        prompts = PromptBuilder(tokenizer, template, processor.merge_size)
     except (ValueError, TemplateError):
         raise ModelLoadError(
             "the chat template does not place one image and behind it the user's text; take the "
             "checkpoint's own"
         ) from None
-    return processor, control, prompts
+    return processor, tokenizer, prompts
 
 
 def _check_tokenizer(tokenizer: Any, config: Any) -> None:
