@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_app.engine import cpu as cpu_layout
-from qwenvl_app.loading.files import image_settings
+from qwenvl_app.engine.pixels import pixel_limits
+from qwenvl_app.loading.processing import image_processor
 from qwenvl_app.loading.weights import weight_files
 
 _FLOATS = ("F64", "F32", "BF16", "F16")  # what ``dtype`` converts
@@ -104,7 +105,7 @@ def measure(
     dtype = _dtype(config, text) if dtype == "auto" else dtype
     size = _SIZES[dtype]
     side, merged = vision["patch_size"], vision.get("spatial_merge_size", 2) ** 2
-    pixels = _pixels(image_settings(directory), max_pixels)
+    pixels = _pixels(image_processor(directory), max_pixels)
     heads = text["num_attention_heads"]
     head = text.get("head_dim") or text["hidden_size"] // heads
     keys = 2 * text["num_key_value_heads"] * head * size  # and values, of a token in a layer
@@ -157,11 +158,9 @@ def _weights(
     }
 
 
-def _pixels(processor: dict[str, Any], most: float) -> int:
-    """Of the largest picture, as the model gets it; older checkpoints have other names for it."""
-    size = processor.get("size") or {}
-    largest = size.get("longest_edge") or processor.get("max_pixels") or most
-    least = size.get("shortest_edge") or processor.get("min_pixels") or 0
+def _pixels(processor: Any, most: float) -> int:
+    """Of the largest picture, as the model gets it."""
+    least, largest = pixel_limits(processor)
     return int(max(least, min(most, largest)))
 
 
