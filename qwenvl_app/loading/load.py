@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.errors import ModelLoadError, is_out_of_memory
-from qwenvl_app.loading import processing, progress, weights
+from qwenvl_app.loading import generation_defaults, processing, progress, weights
 from qwenvl_app.loading.checkpoint import check, find
 from qwenvl_app.loading.devices import keeps_fp8
 from qwenvl_app.loading.files import read_json
@@ -40,11 +40,13 @@ def load(
     directory = find(name, say=say)
     log.info("loading the model from %s", directory)
     template = check(directory)
+    config = _config(directory, device)
+    defaults = generation_defaults.load(directory, config)
     auto: Any = AutoModelForImageTextToText  # transformers' annotations don't know the report
     with progress.told(say), _quantisation_told(directory):
         model, report = auto.from_pretrained(
             directory,
-            config=_config(directory, device),
+            config=config,
             dtype=dtype,
             device_map=device,
             max_memory=max_memory,
@@ -62,8 +64,7 @@ def load(
     if missing := sorted(report["missing_keys"]):  # they would be filled with random numbers
         raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
     _tell_offload(getattr(model, "hf_device_map", {}))
-    if model.generation_config.eos_token_id is None:
-        raise ModelLoadError("generation_config.json has no eos_token_id: no answer would ever end")
+    model.generation_config = defaults
     return LoadedModel(model.eval(), *processing.load(directory, model.config, template))
 
 
