@@ -90,9 +90,9 @@ def _device(settings: Settings) -> Finding:
     wanted, count = settings.device, torch.cuda.device_count()
     if wanted.startswith("cuda"):
         if not count:
-            return Finding(Level.FAIL, "device", f"{_no_gpu()}; or set DEVICE to auto or cpu")
+            return Finding(Level.FAIL, "device", f"{_no_gpu()}; or set QWENVL_DEVICE=cpu")
         if int(wanted.partition(":")[2] or 0) >= count:
-            text = f"there is no {wanted}: {count} GPUs, counted from 0; set DEVICE"
+            text = f"there is no {wanted}: {count} GPUs, counted from 0; set QWENVL_DEVICE=auto"
             return Finding(Level.FAIL, "device", text)
     if wanted != "cpu" and count:
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(count))
@@ -148,8 +148,8 @@ def _host(settings: Settings, need: footprint.Footprint, host: int) -> Finding:
     if host >= wanted:
         return Finding(Level.OK, "host memory", text)
     fewer = max(0, host - _BASE - need.tokenizer) // each
-    fits = f"MAX_CONCURRENCY={fewer} fits; or " if fewer else ""
-    return Finding(Level.WARN, "host memory", f"{text}; {fits}lower MAX_IMAGE_MEGAPIXELS")
+    fits = f"QWENVL_MAX_CONCURRENCY={fewer} fits; or " if fewer else ""
+    return Finding(Level.WARN, "host memory", f"{text}; {fits}lower QWENVL_MAX_IMAGE_MEGAPIXELS")
 
 
 def _port(bind: str) -> Finding:

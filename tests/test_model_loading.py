@@ -434,7 +434,10 @@ def test_no_permission(file: str, what: str):
 def test_a_directory_in_a_directory_that_may_not_be_entered():
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:
         Path(parent).chmod(0)
-        with unprivileged(), pytest.raises(ModelLoadError, match="that MODEL names cannot be read"):
+        with (
+            unprivileged(),
+            pytest.raises(ModelLoadError, match="that QWENVL_MODEL names cannot be read"),
+        ):
             checkpoints.find(f"{parent}/checkpoint")
         Path(parent).chmod(0o755)
 
@@ -467,9 +470,9 @@ def test_weights_that_are_not_numbers_are_told_before_anybody_asks(checkpoint: P
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("/does/not/exist", "the directory that MODEL names does not exist"),
-        ("no-such-thing", "the directory that MODEL names does not exist"),
-        (str(Path(__file__)), "MODEL is a file"),
+        ("/does/not/exist", "the directory that QWENVL_MODEL names does not exist"),
+        ("no-such-thing", "the directory that QWENVL_MODEL names does not exist"),
+        (str(Path(__file__)), "QWENVL_MODEL is a file"),
     ],
 )
 def test_names_that_are_no_directory(name: str, message: str):
@@ -613,7 +616,7 @@ def test_the_largest_picture_that_fits_is_told(monkeypatch):
     monkeypatch.setattr("qwenvl_app.loading.devices.free_memory", lambda _device: free)
     backend = LocalBackend(load_settings({}, device="cpu"))
     wait_for(backend, Phase.FAILED)
-    found = re.search(r"MAX_IMAGE_MEGAPIXELS=([\d.]+)", backend.status().message)
+    found = re.search(r"QWENVL_MAX_IMAGE_MEGAPIXELS=([\d.]+)", backend.status().message)
     backend.close()
     assert found
     backend = LocalBackend(load_settings({}, device="cpu", max_image_megapixels=float(found[1])))

@@ -56,13 +56,13 @@ def find(
     if name == "demo":
         return DEMO
     path = Path(name).expanduser()
-    with readable("the directory that MODEL names"):
+    with readable("the directory that QWENVL_MODEL names"):
         if path.is_dir():
             return path
         if path.exists():
-            raise ModelLoadError("MODEL is a file; it must be a checkpoint's directory")
+            raise ModelLoadError("QWENVL_MODEL is a file; it must be a checkpoint's directory")
     if not (match := _MODELSCOPE_ID.fullmatch(name)):
-        raise ModelLoadError("the directory that MODEL names does not exist")
+        raise ModelLoadError("the directory that QWENVL_MODEL names does not exist")
     # Only now: it takes time to import, and nothing else here talks to a network.
     from qwenvl_app.loading import hub
 
