@@ -10,16 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+from qwenvl_app.engine.processors import FIRST, LAST, PENALTIES, asked_for, warpers
 from qwenvl_app.generation import SamplingParams
 
 # What ``generate`` takes where neither the caller nor the checkpoint says anything
@@ -67,9 +60,10 @@ class Sampler:
         # Who names a temperature wants to sample; else the checkpoint decides.
         samples = bool(defaults.do_sample) if params.temperature is None else temperature > _COLD
         # In the order in which generate applies them.
-        steps: list[Any] = []
+        steps = asked_for(FIRST, defaults, prompt)
         if (penalty := chosen("repetition_penalty", 1.0)) != 1.0:
             steps.append(RepetitionPenaltyLogitsProcessor(penalty))
+        steps += asked_for(PENALTIES, defaults, prompt)
         if params.presence_penalty or params.frequency_penalty:
             steps.append(
                 PresenceFrequencyPenalty(
@@ -78,16 +72,12 @@ class Sampler:
             )
         # The answer's ids are needed by penalties only. On the CPU for now: this is a request's
         # thread, and copying to a GPU is for the engine's alone.
-        self._ids = torch.tensor([prompt]) if steps else None
+        last = asked_for(LAST, defaults, prompt)
+        self._ids = torch.tensor([prompt]) if steps or last else None
         if samples:
-            if temperature != 1.0:
-                steps.append(TemperatureLogitsWarper(float(temperature)))
-            if top_k := chosen("top_k", _TOP_K):
-                steps.append(TopKLogitsWarper(top_k))
-            if (top_p := chosen("top_p", 1.0)) < 1.0:
-                steps.append(TopPLogitsWarper(float(top_p)))
-            if (min_p := chosen("min_p", None)) is not None:
-                steps.append(MinPLogitsWarper(min_p))
+            top_k, top_p, min_p = chosen("top_k", _TOP_K), chosen("top_p", 1.0), chosen("min_p", 0)
+            steps += warpers(defaults, float(temperature), top_k, float(top_p), float(min_p))
+        steps += last
         self._steps: Any = LogitsProcessorList(steps)
         self._generator: torch.Generator | None = None
         if samples:
