@@ -83,7 +83,10 @@ def doctor(bind: str) -> None:
 
 @click.command("download")
 def download() -> None:
-    """Download the model that MODEL names, as the first start would; exit status 1 if it fails."""
+    """Download the model that QWENVL_MODEL names, as the first start would.
+
+    Exit status 1 if it fails.
+    """
     settings, _ = effective()
     logging.config.dictConfig(logs.config(settings.log_format))
     # Not at the top: it takes time to import.

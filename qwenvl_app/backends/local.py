@@ -129,7 +129,7 @@ class LocalBackend:
         except BaseException as error:
             engine.close()
             if compiled and isinstance(error, ModelLoadError):  # it was warmed up in vain
-                hint = "or compiling it fails: set COMPILE=off"
+                hint = "or compiling it fails: set QWENVL_COMPILE=off"
                 raise ModelLoadError(f"{error}; {hint}") from None
             raise
         return engine

@@ -63,7 +63,7 @@ class Engine:
         if self._budget < _LEAST_TOKENS:
             raise ModelLoadError(
                 f"the KV cache has room for {self._budget} tokens only: free memory, or set "
-                "KV_CACHE_MB"
+                "QWENVL_KV_CACHE_MB"
             )
         self._scheduler: Scheduler[Sequence] = Scheduler(
             options.slots,

@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from qwenvl_app.engine.drawing import NO_TOKEN, SORTED, TOO_NARROW, Rng, Rules, View, draw
+from qwenvl_app.engine.processors import FIRST, LAST, PENALTIES, WARPERS, asked_for, warpers
 from qwenvl_app.generation import SamplingParams
 
 # What ``generate`` takes where neither the caller nor the checkpoint says anything
@@ -60,18 +61,16 @@ class Sampler:
 
         # What needs all scores, and mostly the ids too, in generate's order: for one sequence at a
         # time, and most have none. The four rules of drawing come after it, see ``Rules``.
-        processors: list[Any] = []
+        processors = asked_for(FIRST, defaults, prompt)
         if (penalty := chosen("repetition_penalty", 1.0)) != 1.0:
             processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+        processors += asked_for(PENALTIES, defaults, prompt)
         if params.presence_penalty or params.frequency_penalty:
             processors.append(
                 PresenceFrequencyPenalty(
                     params.presence_penalty, params.frequency_penalty, len(prompt)
                 )
             )
-        self.processors: Any = LogitsProcessorList(processors)
-        # On the CPU for now: this is a request's thread, and copying to a GPU is for the engine's.
-        self._ids = torch.tensor([prompt]) if processors else None
         temperature = float(chosen("temperature", 1.0))
         # Who names a temperature wants to sample; else the checkpoint decides.
         samples = params.temperature is not None or bool(defaults.do_sample)
@@ -79,7 +78,14 @@ class Sampler:
         if samples and temperature > _COLD:
             top_k, top_p, min_p = chosen("top_k", _TOP_K), chosen("top_p", 1.0), chosen("min_p", 0)
             rules = Rules(temperature, int(top_k), float(top_p), float(min_p))
+            if asked_for(WARPERS | LAST, defaults, prompt):  # drawing knows four rules alone
+                processors += warpers(defaults, *rules)
+                rules = Rules(1.0, 0, 1.0, 0.0)
             self.rng = Rng(rules, params.seed, device)
+        processors += asked_for(LAST, defaults, prompt)
+        self.processors: Any = LogitsProcessorList(processors)
+        # On the CPU for now: this is a request's thread, and copying to a GPU is for the engine's.
+        self._ids = torch.tensor([prompt]) if processors else None
 
     def process(self, scores: torch.Tensor) -> torch.Tensor:
         """``scores`` (1, vocabulary) as the processors leave them."""

@@ -5,7 +5,7 @@ Whatever python-multipart takes, the parser of the service being replaced, is ta
 folded headers, lines that end in LF, ``filename*``.
 
 Both parsers at hand were tried. 19 MB of lines that almost are a boundary hold the GIL for 3.2 s in
-python-multipart, for 0.1 s here. Werkzeug's takes an LF before a boundary for the end of a part
+python-multipart, for 0.2 s here. Werkzeug's takes an LF before a boundary for the end of a part
 whose lines end in CRLF, and leaves its headers to a private method.
 """
 
