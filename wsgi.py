@@ -1,9 +1,9 @@
 """The WSGI entry point: ``gunicorn -c config/gunicorn.conf.py wsgi:app``.
 
-For ``flask --app wsgi ...`` it is the commands alone, since those must neither load a model nor
-need settings that are right. (Flask's development server is no way to serve this.)
+And that of ``flask --app wsgi ...``, see ``cli.py``. Flask's development server (``run``) is for
+development: it has neither the worker's limits nor its way to stop.
 """
 
-from qwenvl_app import cli, create_app
+from qwenvl_app import cli
 
-app = cli.commands() if cli.is_running() else create_app()
+app = cli.application()

@@ -17,6 +17,7 @@ from gunicorn.systemd import sd_notify
 
 from qwenvl_app import logs
 from qwenvl_app.server import notify
+from qwenvl_app.server.hooks import hook
 from qwenvl_app.settings import SettingsError, load_settings
 
 try:
@@ -62,8 +63,10 @@ def post_worker_init(worker):
     """Begin to tell systemd how it goes, if it listens."""
     if address := os.environ.get(_PUT_AWAY):
         os.environ[_NOTIFY] = address
-        status = worker.app.callable.extensions["qwenvl"]["status"]
-        notify.start(status, lambda message: sd_notify(message, worker.log))
+        if status := hook(worker.app.callable, "status"):
+            notify.start(status, lambda message: sd_notify(message, worker.log))
+        else:  # another application: loaded is all that it can be
+            sd_notify("READY=1", worker.log)
 
 
 def when_ready(server):
@@ -100,6 +103,5 @@ def post_fork(server, worker):
 
 def worker_exit(server, worker):
     """End the application's threads before the interpreter goes."""
-    app = worker.app.callable
-    if app is not None:
-        app.extensions["qwenvl"]["close"]()
+    if close := hook(worker.app.callable, "close"):
+        close()

@@ -11,12 +11,7 @@ import random
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    GenerationConfig,
-    Qwen2Tokenizer,
-    Qwen2VLImageProcessorPil,
-    Qwen3VLConfig,
-)
+from transformers import GenerationConfig, Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen3VLConfig
 
 from demo.questions import chinese_question, english_question, package_question
 from demo.scenes import draw

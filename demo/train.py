@@ -23,12 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 
-from demo.checkpoint import (
-    make_config,
-    make_generation_config,
-    write_processor,
-    write_tokenizer,
-)
+from demo.checkpoint import make_config, make_generation_config, write_processor, write_tokenizer
 from demo.data import Batch, Batches, Mix
 from demo.plot import draw_curve
 from demo.scenes import COLORS, SHAPES

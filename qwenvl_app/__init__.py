@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from flask import Flask
-from werkzeug.middleware.proxy_fix import ProxyFix
 
 from qwenvl_app.backends import Backend, build
 from qwenvl_app.generation import Status
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.metrics import Metrics
 from qwenvl_app.settings import Settings, load_settings
-from qwenvl_app.web import (
-    accounts,
-    auth,
-    cors,
-    errors,
-    ops,
-    recognize,
-    request_id,
-)
+from qwenvl_app.web import accounts, auth, cors, errors, ops, proxies, recognize, request_id
 from qwenvl_app.web.disconnects import Departures
 from qwenvl_app.web.responses import ContractJSON
 
@@ -29,7 +20,8 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     Raises SettingsError. ``app.extensions["qwenvl"]`` holds the backend, the admission, the
     departures, the function ``status``, and two that may be called any number of times, on any
     thread: ``drain`` refuses all who have no permit from then on, ``close`` ends every thread.
-    ``refused`` counts a request that the worker answered itself.
+    ``refused`` counts a request that the worker answered itself, ``has_key`` judges a header
+    ``Authorization``.
     """
     settings = settings or load_settings()
     backend = backend or build(settings)
@@ -44,6 +36,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         departures.close()
         backend.close()
 
+    has_key = auth.judge(settings.api_keys)
     metrics = Metrics(admission, status, backend.stats)
     app = Flask(__name__, static_folder=None)
     app.url_map.merge_slashes = False  # or //path is a redirect in HTML to wherever Host says
@@ -59,14 +52,15 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         "drain": admission.drain,
         "close": close,
         "refused": metrics.refuse,
+        "has_key": has_key,
     }
     if hops := settings.trusted_hops:
-        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]
+        app.wsgi_app = proxies.trust(app.wsgi_app, hops)  # type: ignore[method-assign]
     accounts.register(app, metrics)
     request_id.register(app)
     errors.register(app)
     cors.register(app, settings.cors_origins)  # before the keys: a preflight can't carry one
-    auth.register(app, settings.api_keys)
+    auth.register(app, has_key)
     app.register_blueprint(recognize.blueprint(settings, backend, admission, departures, status))
     app.register_blueprint(ops.blueprint(status, metrics))
     return app

@@ -1,21 +1,26 @@
 """The chat template and token ids of one picture and one prompt.
 
 The small remaining job of ``Qwen3VLProcessor``, which insists on torchvision: see
-transformers/models/qwen3_vl/processing_qwen3_vl.py. User text is encoded on its own, with special
-tokens split, so that nothing a user writes can become a control token (CVE-2026-44222 in vLLM).
+transformers/models/qwen3_vl/processing_qwen3_vl.py. The checkpoint's template is rendered for every
+request with the user's own text, so that whatever it does to a text is done. Nothing a user writes
+can become a control token (CVE-2026-44222 in vLLM).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
+
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_PAD = "<|image_pad|>"
-# Stands for the user's text while the template is rendered; cut out again before encoding.
-_TEXT = "\x00text\x00"
+_PROBE = "\x00text\x00"  # a text that no template has of its own
 
 
 @dataclass(frozen=True)
@@ -38,52 +43,98 @@ class Prompt:
     token_types: list[int]
 
 
+class ChatEncoder:
+    """A rendered template to token ids, as the tokenizer's own; may be called on any thread.
+
+    Added tokens are found here and not by the tokenizer, which would find a user's too: it can
+    leave out special ones alone (``split_special_tokens``), and keeps that as state on an object
+    that all threads share (vllm #40949). What lies between is encoded by its model without any.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        self._plain = Tokenizer(backend.model)  # the same object: its tables are there once
+        if backend.normalizer is not None:
+            self._plain.normalizer = backend.normalizer
+        if backend.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = backend.pre_tokenizer
+        added = backend.get_added_tokens_decoder()
+        self._ids = {token.content: number for number, token in added.items()}
+        # The longest of those that begin at one place, as the tokenizer takes it.
+        longest_first = map(re.escape, sorted(self._ids, key=len, reverse=True))
+        self._token = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        # Lone surrogates, which no text has that came as UTF-8: nobody can write them.
+        guarded = sorted({_first(token.content) for token in added.values() if _is_control(token)})
+        self._guards = {ord(own): chr(0xD800 + place) for place, own in enumerate(guarded)}
+        self._restored = {ord(guard): own for own, guard in self._guards.items()}
+
+    def guard(self, text: str) -> str:
+        """A user's ``text``, to be rendered: it has no control token, nor any part that begins one.
+
+        Where such tokens begin it has a stand-in, of which ``encode`` makes the text again. So two
+        texts that a template joins make no token either, and a template that looks for one finds
+        none. White space stays, which templates trim.
+        """
+        return text.translate(self._guards)
+
+    def encode(self, rendered: str) -> list[int]:
+        """Token ids. A control token is only what the template wrote."""
+        ids: list[int] = []
+        for place, piece in enumerate(self._token.split(rendered)):
+            if place % 2:
+                ids.append(self._ids[piece])
+            elif piece:
+                text = piece.translate(self._restored)
+                ids += self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def _is_control(token: AddedToken) -> bool:
+    """Whether it means more than it says. Words that fine-tuning added to a vocabulary do not."""
+    return token.special or not all(each.isalnum() or each.isspace() for each in token.content)
+
+
+def _first(token: str) -> str:
+    """What a guard stands for: white space goes unguarded, since templates trim it."""
+    return token.strip()[:1] or token[0]
+
+
 class PromptBuilder:
     """Builds prompts; may be called on any thread. ``reasoning`` is None if the tokenizer has none.
 
-    Takes two tokenizer objects: a fast tokenizer keeps ``split_special_tokens`` as state on the
-    shared object, and threads that mixed both values got wrong encodings (vllm #40949). So each
-    of these two is only ever called with one value.
+    Raises ValueError for a template that does not place one image and behind it the text.
     """
 
-    def __init__(
-        self,
-        control_tokenizer: PreTrainedTokenizerBase,
-        text_tokenizer: PreTrainedTokenizerBase,
-        template: str,
-        merge_size: int,
-    ):
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _TEXT}]}
-        ]
-        rendered = control_tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-        if not isinstance(rendered, str) or rendered.count(_TEXT) != 1 or IMAGE_PAD not in rendered:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, merge_size: int):
+        self._tokenizer, self._template, self._merged = tokenizer, template, merge_size**2
+        self._encoder = ChatEncoder(tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        self._image = vocabulary[IMAGE_PAD]
+        pieces = [self._encoder.encode(piece) for piece in self._render(_PROBE).split(_PROBE)]
+        if [piece.count(self._image) for piece in pieces] != [1, 0]:
             raise ValueError("the chat template does not place one image and the user's text")
-        before, after = rendered.split(_TEXT)
-        opening, closing = before.split(IMAGE_PAD)
-        self._opening = control_tokenizer.encode(opening, add_special_tokens=False)
-        self._closing = control_tokenizer.encode(closing, add_special_tokens=False)
-        self._turn = control_tokenizer.encode(after, add_special_tokens=False)
-        self._image = control_tokenizer.convert_tokens_to_ids(IMAGE_PAD)
-        vocabulary = control_tokenizer.get_vocab()
         begin, end = (vocabulary.get(mark) for mark in ("<think>", "</think>"))
         self.reasoning: Reasoning | None = None
         if begin is not None and end is not None:
-            marks = [token for token in self._turn if token in (begin, end)]
+            marks = [token for token in chain(*pieces) if token in (begin, end)]
             self.reasoning = Reasoning(begin, end, begun=marks[-1:] == [begin])
-        self._text_tokenizer = text_tokenizer
-        self._merged = merge_size**2
 
     def build(self, text: str, grid: tuple[int, int, int]) -> Prompt:
         """Token ids for one picture of ``grid`` (time, rows, columns) patches and ``text``."""
+        ids = self._encoder.encode(self._render(text))
         patches = grid[0] * grid[1] * grid[2] // self._merged
-        words = self._text_tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )
-        ids = [*self._opening, *[self._image] * patches, *self._closing, *words, *self._turn]
-        types = [0] * len(ids)
-        first = len(self._opening)
+        first = ids.index(self._image)
+        types = [0] * (len(ids) - 1 + patches)
         types[first : first + patches] = [1] * patches
+        ids[first : first + 1] = [self._image] * patches
         return Prompt(ids, types)
+
+    def _render(self, text: str) -> str:
+        """What the template makes of one picture and ``text``, which is guarded."""
+        content = [{"type": "image"}, {"type": "text", "text": self._encoder.guard(text)}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
+            )
+        )

@@ -17,37 +17,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.loading.load import load
+from tests import templates
 
 _DEMO_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     "generation_config.json",
 )
-_TURN = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- for part in message.content %}
-        {%- if part.type == 'image' %}
-            {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-        {%- else %}
-            {{- part.text }}
-        {%- endif %}
-    {%- endfor %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-_SYSTEM = "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}\n"
-_THINKING = _TURN.replace("assistant\\n", "assistant\\n<think>\\n")
-TEMPLATES = {
-    "qwen3_vl": _TURN,
-    "qwen3_vl_moe": _TURN,
-    "qwen2_5_vl": _SYSTEM + _TURN,
-    "qwen3_5": _THINKING,
-    "qwen3_5_moe": _THINKING,
-}
-
 _TEXT = {
     "attention_dropout": 0.0,
     "hidden_act": "silu",
@@ -308,7 +283,7 @@ def make(directory: Path, family: str) -> Path:
     _write(directory / "config.json", config(family))  # not as it is written today
     for file in _DEMO_FILES:
         shutil.copyfile(DEMO / file, directory / file)
-    _write(directory / "chat_template.json", {"chat_template": TEMPLATES[family]})
+    _write(directory / "chat_template.json", {"chat_template": templates.published(family)})
     _write(directory / "preprocessor_config.json", _PICTURES[family])
     return directory
 

@@ -51,13 +51,20 @@ def chunks(*parts: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
 
 SIZE = length(len(GOOD))
 CHUNKED = b"Transfer-Encoding: chunked"
+HEAD = b"HEAD /livez HTTP/1.1"
 ROW = b"Content-Length: 3\r\n\r\n"
 PACKED = gzip.compress(GOOD)
 MEGABYTE = bytes(2**20)
+TRAILERS = b"0\r\n" + b"A: b\r\n" * 101 + b"\r\n"
 
 
 def chunked(body: bytes) -> bytes:
     return form(CHUNKED, body=body)
+
+
+def unread(body: bytes, framing: bytes = CHUNKED) -> bytes:
+    """A POST to a path that nobody serves."""
+    return get(framing, line=b"POST /nope HTTP/1.1") + body
 
 
 CASES = [
@@ -106,6 +113,30 @@ CASES = [
     Framing("chunk without line end", chunked(b"5\r\nhelloX0\r\n\r\n"), (400,), MALFORMED),
     Framing("LF in a chunk size", chunked(b"5\nhello\r\n0\r\n\r\n"), (400,), MALFORMED),
     Framing("bad extension", chunked(b"5;a=\x01\r\nhello\r\n0\r\n\r\n"), (400,), MALFORMED),
+    # Nobody reads these bodies; what comes behind them must not be taken for a request.
+    *(
+        Framing(f"unread: {name}", unread(body) + get(), (400,), MALFORMED)
+        for name, body in {
+            "LF in an extension": b"5;a\nb\r\nhello\r\n0\r\n\r\n",
+            "CR in an extension": b"5;a\rb\r\nhello\r\n0\r\n\r\n",
+            "line end in quotes": b'5;a="\r\nhello\r\n0\r\n\r\n"\r\nhello\r\n0\r\n\r\n',
+            "underscore in a size": b"5_0\r\nhello\r\n0\r\n\r\n",
+            "0x": b"0x5\r\nhello\r\n0\r\n\r\n",
+            "chunk too long": b"4\r\nhello\r\n0\r\n\r\n",
+            "LF behind a chunk": b"5\r\nhello\n0\r\n\r\n",
+            "length in the trailer": b"0\r\n" + ROW,
+            "coding in the trailer": b"0\r\nTransfer-Encoding: chunked\r\n\r\n",
+            "folded trailer": b"0\r\nA: b\r\n c\r\n\r\n",
+            "NUL in the trailer": b"0\r\nA: \0\r\n\r\n",
+            "a space in a trailer's name": b"0\r\nA : b\r\n\r\n",
+            "LF in the trailer": b"0\r\nA: b\nC: d\r\n\r\n",
+        }.items()
+    ),
+    Framing("unread: a huge size", unread(b"f" * 8000 + b"\r\n") + get(), (413,), LARGE),
+    Framing("unread: many trailers", unread(TRAILERS) + get(), (431,), HEADERS),
+    Framing("unread and valid", unread(b"05;a=b\r\nhello\r\n0\r\nA: b\r\n\r\n"), (404,)),
+    Framing("unread, and another", unread(chunks(b"hello")) + get(), (404, 200)),
+    Framing("unread with a length", unread(b"hello", length(5)) + get(), (404, 200)),
     Framing("chunks without end", chunked(chunks(GOOD, end=b"")), (408,), LATE),
     Framing("chunks cut off", chunked(chunks(GOOD, end=b"")), (400,), MALFORMED, True),
     Framing("a packed body", form(length(len(PACKED)), body=PACKED), (400,)),
@@ -139,7 +170,14 @@ CASES = [
     Framing("a bad URL", get(line=b"GET http://[/ HTTP/1.1"), (400,), MALFORMED),
     Framing("method get", get(line=b"get /livez HTTP/1.1"), (400,), MALFORMED),
     Framing("method of 30", get(line=b"A" * 30 + b" /livez HTTP/1.1"), (400,), MALFORMED),
-    Framing("HEAD", get(b"Connection: close", line=b"HEAD /livez HTTP/1.1"), (200,)),
+    Framing("HEAD", get(b"Connection: close", line=HEAD), (200,)),
+    Framing("HEAD, and a bad header", get(b"A : b", line=HEAD), (400,)),
+    Framing("HEAD behind an empty line", b"\r\n" + get(b"A : b", line=HEAD), (400,)),
+    Framing("HEAD without host", get(line=HEAD, host=b""), (400,)),
+    Framing("HEAD, half a head", get(line=HEAD)[:-2], (408,)),
+    Framing("HEAD, hung up", get(line=HEAD)[:-2], (400,), None, True),
+    Framing("HEAD with a bad chunk", get(CHUNKED, line=HEAD) + b"zz\r\n", (400,)),
+    Framing("HEAD with a chunk of 1 GB", get(CHUNKED, line=HEAD) + b"40000000\r\n", (413,)),
     Framing("TRACE", get(line=b"TRACE /livez HTTP/1.1"), (405,), "Method Not Allowed"),
     Framing("CONNECT", get(line=b"CONNECT x:80 HTTP/1.1"), (404,), "Not Found"),
     # Headers.

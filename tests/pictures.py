@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
 from collections.abc import Callable
@@ -86,11 +87,11 @@ def exif(orientation: int) -> bytes:
     return b"II*\0\x08\0\0\0" + directory((0x112, 3, 1, struct.pack("<H", orientation)))
 
 
-def progressive(scans: int) -> bytes:
+def progressive(scans: int, between: bytes = b"") -> bytes:
     """A progressive JPEG of one colour; what follows its tenth scan is that scan again."""
     data = encode(Image.new("RGB", (2000, 2000), "red"), "JPEG", progressive=True, quality=1)
     last = data.rindex(b"\xff\xda")
-    return data[:-2] + data[last:-2] * (scans - 10) + b"\xff\xd9"
+    return data[:-2] + between + data[last:-2] * (scans - 10) + b"\xff\xd9"
 
 
 def lying(file_format: str, shown: int, real: int) -> bytes:
@@ -126,3 +127,26 @@ def sixteen_bits() -> bytes:
 def zipped(bomb: Callable[[bytes], bytes], size: int) -> bytes:
     """``bomb`` around ``size`` zero bytes, deflated."""
     return bomb(zlib.compress(bytes(size), 9))
+
+
+def packed_text(kind: str, size: int) -> bytes:
+    """A PNG's chunk of a text or a profile that unpacks to ``size`` bytes, and packs badly."""
+    text = random.Random(size).randbytes(size // 2).hex().encode()
+    head = {"tEXt": b"", "zTXt": b"\0", "iCCP": b"\0", "iTXt": b"\1\0\0\0"}[kind]
+    return chunk(kind.encode(), b"workflow\0" + head + (zlib.compress(text) if head else text))
+
+
+def small_webp(image: Image.Image, canvas: tuple[int, int]) -> bytes:
+    """An animated WebP of one frame, ``image``, at the top left of a larger canvas."""
+
+    def riff(kind: bytes, data: bytes) -> bytes:
+        return kind + struct.pack("<L", len(data)) + data + bytes(len(data) % 2)
+
+    def three(*values: int) -> bytes:
+        return b"".join(value.to_bytes(3, "little") for value in values)
+
+    still = encode(image, "WEBP", lossless=True)[12:]
+    frame = three(0, 0, image.width - 1, image.height - 1, 100) + b"\0" + still
+    head = b"\2\0\0\0" + three(canvas[0] - 1, canvas[1] - 1)
+    chunks = riff(b"VP8X", head) + riff(b"ANIM", bytes(6)) + riff(b"ANMF", frame)
+    return riff(b"RIFF", b"WEBP" + chunks)

@@ -23,6 +23,8 @@ import torch
 from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from tests import templates
+
 # The vocabulary, as the model's makers publish it on PyPI too (Apache 2.0). The wheel is fetched
 # and not installed: it requires 20 packages that nobody needs here.
 _WHEEL = "dashscope==2.0.2"
@@ -35,33 +37,13 @@ _SPECIAL = (
     *("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
 # Added tokens that are not special: they are left in an answer, and read in a prompt.
-_ADDED = (
+ADDED = (
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
     *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>"),
     *("<think>", "</think>"),
 )
 
-# What the published template makes of one user's turn; it also knows tools, videos and systems.
-TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.content is string %}
-        {{- message.content }}
-    {%- else %}
-        {%- for part in message.content %}
-            {%- if part.type == 'image' %}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-            {%- elif 'text' in part %}
-                {{- part.text }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
+TEMPLATE = templates.published("qwen3_vl")
 
 _PIXELS = {
     "patch_size": 16,
@@ -223,7 +205,7 @@ def write_tokenizer(directory: Path) -> None:
             "single_word": False,
             "special": token in _SPECIAL,
         }
-        for number, token in enumerate([*_SPECIAL, *_ADDED], start=len(ranks))
+        for number, token in enumerate([*_SPECIAL, *ADDED], start=len(ranks))
     }
     _write(
         directory / "tokenizer_config.json",

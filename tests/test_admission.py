@@ -6,12 +6,7 @@ import time
 
 import pytest
 
-from qwenvl_app.errors import (
-    ClientGone,
-    DeadlineExceeded,
-    ServiceError,
-    Unavailable,
-)
+from qwenvl_app.errors import ClientGone, DeadlineExceeded, ServiceError, Unavailable
 from qwenvl_app.generation import Phase
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.deadline import Caller

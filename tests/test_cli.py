@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from qwenvl_app.settings import Settings
+from tests.wire import ROUTE, post, send
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,6 +24,7 @@ def flask(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "flask", "--app", "wsgi", *arguments],
         cwd=ROOT,
         env=clean | environ,
+        input="print(app.test_client().get('/livez').json)\n",  # for shell
         capture_output=True,
         text=True,
         timeout=60,
@@ -40,7 +45,7 @@ def test_check_config_says_where_each_value_came_from(tmp_path: Path):
     assert rows["model"] == ["demo", "config/default.toml"]
 
 
-@pytest.mark.parametrize("command", ["check-config", "doctor"])
+@pytest.mark.parametrize("command", ["check-config", "doctor", "run", "routes", "shell"])
 def test_a_wrong_setting_is_one_line(command: str):
     done = flask(command, QWENVL_MAX_WAITING="many")
     assert done.returncode == 1
@@ -52,13 +57,60 @@ def test_a_wrong_setting_is_one_line(command: str):
 def test_commands_load_no_model():
     """wsgi.py made an application, and with it a loader, for whoever only wanted a command."""
     code = (
-        "import threading, sys, wsgi\n"
+        "import threading, sys\n"
+        "from click.testing import CliRunner\n"
+        "from flask.cli import cli\n"
+        "done = CliRunner().invoke(cli, ['--app', 'wsgi', *sys.argv[1:]])\n"
+        "assert done.exit_code == 0\n"
         "assert threading.active_count() == 1\n"
         "assert 'torch' not in sys.modules\n"
-        "assert list(wsgi.app.cli.commands) == ['check-config', 'doctor', 'download']\n"
+        "app = sys.modules['wsgi'].app\n"
+        "assert list(app.cli.commands) == ['check-config', 'doctor', 'download']\n"
     )
-    environ = os.environ | {"FLASK_RUN_FROM_CLI": "true"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environ, timeout=60)
+    for arguments in (["check-config"], ["--help"], ["doctor", "--help"]):
+        command = [sys.executable, "-c", code, *arguments]
+        subprocess.run(command, check=True, cwd=ROOT, timeout=60)
+
+
+def test_routes_are_those_that_are_served():
+    """They were the commands' application's, which has none."""
+    done = flask("routes")
+    assert done.returncode == 0, done.stderr
+    assert {"/livez", "/readyz", "/health", "/metrics", ROUTE} <= set(done.stdout.split())
+
+
+def test_the_shell_has_the_application():
+    done = flask("shell")
+    assert done.returncode == 0, done.stderr
+    assert "{'status': 'alive'}" in done.stdout
+
+
+def test_the_development_server_serves_the_application(tmp_path: Path):
+    """It answered 404 to everything."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "flask", "--app", "wsgi", "run", "--port", str(port)]
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                assert send(port, "GET", "/livez").status == 200
+                break
+            except OSError:
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+        assert post(port, b"").status == 422
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
+        server.wait()
+    text = (tmp_path / "log").read_text()
+    assert "Traceback" not in text
+    assert f"route={ROUTE} status=422" in text
 
 
 def test_doctor_on_this_machine():

@@ -128,6 +128,6 @@ def test_without_a_compiler_the_start_says_what_to_do(monkeypatch, tmp_path):
     backend = LocalBackend(load_settings({}, compile="on"))
     wait_for(backend, Phase.FAILED)
     assert backend.status().message == (
-        "COMPILE=on needs a C++ compiler: install g++, or set COMPILE=off"
+        "QWENVL_COMPILE=on needs a C++ compiler: install g++, or set QWENVL_COMPILE=off"
     )
     backend.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import tomllib
@@ -105,3 +106,27 @@ def test_every_dependency_has_its_reason():
         for line in read(file).splitlines():
             if name := re.match(r"[a-z][\w-]*", line):
                 assert name[0] in table or name[0].startswith("types-"), name[0]
+
+
+def texts(path: Path) -> list[str]:
+    """All strings of a module, and what an f-string has between its values."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    constants = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    return [value for value in constants if isinstance(value, str)]
+
+
+SOURCES = sorted((ROOT / "qwenvl_app").rglob("*.py"))
+_KEYS = "|".join(key.upper() for key in Settings.model_fields)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_messages_name_settings_as_they_are_typed(path: Path):
+    """They said "set COMPILE=off" and `MAX_CONCURRENCY=2`, which do nothing in an environment."""
+    for text in texts(path):
+        assert not re.findall(rf"(?<![A-Z_])(?:{_KEYS})(?![A-Z_])", text), text
+        for key in re.findall(rf"{PREFIX}([A-Z_]+)", text):
+            assert key == "CONFIG" or key.lower() in Settings.model_fields, text
+
+
+def test_the_check_of_messages_can_fail():
+    assert any(PREFIX + "COMPILE=off" in text for path in SOURCES for text in texts(path))

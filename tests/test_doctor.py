@@ -28,9 +28,24 @@ def made(free: float, **settings: object) -> plan.Plan:
     ("free", "settings", "level", "words"),
     [
         (8000, {}, Level.OK, "7.8 GiB free; weights 16 MiB, vision tower up to"),
-        (8000, {"kv_cache_mb": 1}, Level.WARN, "KV_CACHE_MB is too small for the largest request"),
-        (8000, {"kv_cache_mb": 9000}, Level.FAIL, "KV_CACHE_MB does not fit beside the weights"),
-        (500, {}, Level.FAIL, "the weights do not fit; what would fit: DTYPE=bfloat16, or a quant"),
+        (
+            8000,
+            {"kv_cache_mb": 1},
+            Level.WARN,
+            "QWENVL_KV_CACHE_MB is too small for the largest request",
+        ),
+        (
+            8000,
+            {"kv_cache_mb": 9000},
+            Level.FAIL,
+            "QWENVL_KV_CACHE_MB does not fit beside the weights",
+        ),
+        (
+            500,
+            {},
+            Level.FAIL,
+            "the weights do not fit; what would fit: QWENVL_DTYPE=bfloat16, or a quant",
+        ),
     ],
 )
 def test_memory(free: float, settings: dict[str, int], level: Level, words: str):
@@ -57,7 +72,7 @@ def test_memory_that_is_too_small_even_if_nobody_uses_it():
 def test_the_machines_memory_beside_a_gpu(free: int, level: Level):
     found = doctor._host(load_settings({}), NEED, free * plan.GIB)
     assert found.level is level
-    assert ("MAX_CONCURRENCY=2 fits" in found.text) is (free == 3)
+    assert ("QWENVL_MAX_CONCURRENCY=2 fits" in found.text) is (free == 3)
 
 
 def test_the_process_is_told(settings):
@@ -94,7 +109,7 @@ def test_an_address_that_is_none(bind: str):
 def test_a_gpu_that_is_not_there():
     found = doctor._device(load_settings({}, device="cuda:1"))
     assert found.level is Level.FAIL
-    assert "DEVICE" in found.text
+    assert "QWENVL_DEVICE" in found.text
     assert doctor._device(load_settings({}, model="x")).level is Level.WARN
     assert doctor._device(load_settings({}, device="cpu", model="x")).level is Level.OK
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import random
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from demo.scenes import draw
-from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.model import LoadedModel, Runner, prepare
 from qwenvl_app.engine.vision import Encoding
-from qwenvl_app.errors import (
-    DeadlineExceeded,
-    InternalError,
-    TooLarge,
-    Unavailable,
-)
+from qwenvl_app.errors import DeadlineExceeded, InternalError, TooLarge, Unavailable
 from qwenvl_app.generation import FinishReason, GenerationRequest, Phase
 from qwenvl_app.loading.load import load
 from tests.engines import (
@@ -164,6 +160,22 @@ def test_the_same_picture_is_looked_at_once(wild, monkeypatch):
     assert seen == [1, 1]
 
 
+def test_what_is_made_of_a_picture_goes_when_that_is_read(wild):
+    """Of several pictures together it was one tensor, which stayed until all were read."""
+    runner = Runner(wild.model)
+    jobs = []
+    for size in (64, 96):
+        image = Image.new("RGB", (size, size), "red")
+        inputs = prepare(wild, image, "?")
+        inputs.pixels = wild.patcher.patches(image)
+        jobs.append(SimpleNamespace(inputs=inputs, patches=len(inputs.pixels)))
+    with torch.inference_mode():
+        made = runner.encode(jobs).advance(0, runner.depth)
+    parts = [tensor for each in made for tensor in (each.embeds, *each.deepstack)]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in parts}) == len(parts)
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in parts)
+
+
 def test_memory_follows_the_tokens(wild):
     with running(wild) as engine:
         token = engine._executor.cache.layout.token_bytes
@@ -272,7 +284,7 @@ def test_one_row_whose_sampling_fails_ends_alone(wild, caplog):
             for _ in range(2)
         ]
         bad = engine.submit(request(image, temperature=1.0, max_new_tokens=60))
-        bad.sampler.sample = lambda _logits: 1 / 0
+        bad.sampler.process = lambda _scores: 1 / 0
         with pytest.raises(InternalError):
             list(bad)
         assert all(list(other)[-1].finish_reason is FinishReason.LENGTH for other in others)
@@ -351,6 +363,62 @@ def test_out_of_memory_is_said_as_503(wild, monkeypatch, error):
             assert refusal.value.retry_after
         monkeypatch.setattr(engine._runner, "prefill", real)
         finish(engine.submit(request(image, max_new_tokens=2)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+)
+def test_want_of_memory_to_keep_a_picture_ends_nobody(wild, monkeypatch, asked, error):
+    """Its logits were there already, and those of all others; now nothing is kept instead."""
+    with running(wild, prefix_cache_bytes=2**26) as engine:
+        cache = engine._executor.cache
+        real, calls = cache.save, []
+
+        def full(row, length):
+            calls.append(row)
+            if len(calls) > 1:
+                raise error
+            return real(row, length)
+
+        monkeypatch.setattr(cache, "save", full)
+        pairs = [(engine.submit(each), solo) for each, solo in asked[:8]]
+        for sequence, _ in pairs:
+            finish(sequence)
+        assert len(calls) == 8
+        assert len(engine.prefixes) == 0
+        monkeypatch.setattr(cache, "save", real)
+        again = [(engine.submit(each), solo) for each, solo in asked[:4]]
+        for sequence, _ in again:
+            finish(sequence)
+        assert len(engine.prefixes) == 4
+    judge(pairs + again)
+
+
+def test_what_waiting_requests_hold_of_known_pictures_counts(wild):
+    """It had been dropped for others, and was there beside all that the budget allows."""
+    rng = random.Random(12)
+    images = [random_image(rng) for _ in range(6)]
+    options = {"max_new_tokens": 200, "ignore_eos": True, "stream": True}
+    with running(wild, slots=1, prefix_cache_bytes=2**20) as engine:
+        finish(engine.submit(request(images[0], max_new_tokens=1)))
+        kept = engine.prefixes.bytes
+        busy = engine.submit(request(Image.new("RGB", (64, 64)), **options))
+        next(iter(busy))
+        waits = engine.submit(request(images[0], max_new_tokens=1))
+        held = waits.prefix
+        assert held
+        assert not engine.prefixes.make_room(engine.prefixes.budget - kept + 1)
+        assert engine.prefixes.bytes >= kept
+        busy.cancel()
+        finish(waits)
+        del held
+        for image in images[1:]:
+            finish(engine.submit(request(image, max_new_tokens=1)))
+            assert engine.prefixes.bytes <= engine.prefixes.budget
 
 
 @pytest.mark.parametrize("part", ["prefill", "decode"])

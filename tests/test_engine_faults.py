@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.soak import resident
 from qwenvl_app.engine import engine as engines
+from qwenvl_app.engine.drawing import Rng
 from qwenvl_app.engine.executor import Executor
 from qwenvl_app.engine.kv_cache import SlotCache
 from qwenvl_app.engine.model import Runner
@@ -29,7 +30,9 @@ FAULTS = [
     (Runner, "prefill"),
     (Runner, "decode"),
     (Encoding, "advance"),
-    (Sampler, "sample"),
+    (Sampler, "process"),
+    (Sampler, "append"),
+    (Rng, "next"),
     (SlotCache, "fit"),
     (SlotCache, "begin"),
     (SlotCache, "update"),

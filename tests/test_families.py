@@ -19,12 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import cpu
-from qwenvl_app.engine.model import (
-    LoadedModel,
-    Runner,
-    mrope_positions,
-    prepare,
-)
+from qwenvl_app.engine.model import LoadedModel, Runner, mrope_positions, prepare
 from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.generation import GenerationRequest, Phase

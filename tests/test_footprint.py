@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from transformers import AutoConfig
 
 from qwenvl_app.engine.model import Runner
+from qwenvl_app.engine.pixels import Patcher
 from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.loading.footprint import measure
 from qwenvl_app.loading.load import load
+from qwenvl_app.loading.processing import image_processor
 from tests import real_shape
 
 GIB = 2**30
@@ -107,6 +110,39 @@ def test_qwen25(tmp_path: Path, config: dict[str, Any]):
     assert need.picture_tokens == 16384
     assert need.patches == 65536
     assert 2 * GIB < need.tower.peak(need.patches) < 4 * GIB
+
+
+LIMITS: list[tuple[dict[str, Any], int]] = [
+    ({"size": {"longest_edge": 500_000, "shortest_edge": 10_000}}, 500_000),
+    ({"size": {"longest_edge": 500_000, "shortest_edge": 10_000}, "max_pixels": 90_000}, 90_000),
+    ({"size": {"longest_edge": 90_000, "shortest_edge": 10_000}, "max_pixels": 500_000}, 500_000),
+    ({"size": {"longest_edge": 9_000, "shortest_edge": 9_000}, "min_pixels": 90_000}, 90_000),
+    ({"size": {"max_pixels": 500_000, "min_pixels": 10_000}}, 500_000),
+    ({"size": {"max_pixels": 9, "min_pixels": 1}, "max_pixels": 80_000, "min_pixels": 10}, 80_000),
+    ({"max_pixels": 500_000, "min_pixels": 10_000}, 500_000),
+    ({"max_pixels": 500_000}, 500_000),
+    ({"min_pixels": 2_000_000}, 2_000_000),
+    ({}, 28 * 28 * 1280),
+    ({"size": {"longest_edge": 5e5, "shortest_edge": 1e4}}, 500_000),
+]
+
+
+@pytest.mark.parametrize(("settings", "pixels"), LIMITS)
+def test_the_limits_are_those_that_the_processor_takes(tmp_path: Path, settings, pixels: int):
+    """The plan read them in another order: too little memory, or a model refused that fits."""
+    files = write(tmp_path, real_shape.config(), EIGHT, settings)
+    need = measure(files, "auto", 50e6)
+    assert need.pixels == pixels
+    processor = image_processor(files)
+    areas = []
+    for picture in (Image.new("RGB", (2000, 2000)), Image.new("RGB", (64, 64))):
+        made = processor(images=[picture], return_tensors="pt")
+        grid = tuple(made["image_grid_thw"][0].tolist())
+        assert Patcher(processor).grid(picture) == grid
+        areas.append(grid[1] * grid[2] * processor.patch_size**2)
+    # Sides are whole patches: a shrunk picture has a little less, an enlarged one a little more.
+    side = 2 * processor.patch_size
+    assert 0.85 * pixels < max(areas) <= (pixels**0.5 + side) ** 2
 
 
 def test_qwen35(tmp_path: Path):

@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import pytest
 from flask.testing import FlaskClient
+from PIL import Image
 
 from tests.fakes import FakeBackend
-from tests.pictures import exif, jpeg_with, mode, segment
+from tests.picture_writers import png, ramp, tiff
+from tests.pictures import chunk, exif, jpeg_with, mode, packed_text, segment, small_webp
 from tests.wire import BOUNDARY, END, GOOD, MULTIPART, PROMPT, ROUTE, part, picture
 
 SIZE = (24, 16)
@@ -24,6 +26,12 @@ SEEDS = {
     "EXIF": jpeg_with(segment(0xE1, b"Exif\0\0" + exif(6))),
     "palette": mode("P", transparency=0),
     "alpha": mode("LA"),
+    "transparent 16 bits": png(
+        ramp(16, 24, 3, 16), 16, 2, before=chunk(b"tRNS", bytes(6)) + packed_text("zTXt", 500)
+    ),
+    "WhiteIsZero": tiff(ramp(16, 24, 1, 16), 16, 0, planar=True),
+    "no end": picture(size=SIZE, file_format="JPEG")[:-2],
+    "canvas": small_webp(Image.new("RGB", (8, 8)), SIZE),
 }
 INTERESTING = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 

@@ -214,15 +214,15 @@ def test_a_revision_is_pinned(hub: Hub, published: Path, tmp_path: Path):
         (
             f"{NAME}@v9",
             f"ModelScope has no revision v9 of {NAME}: name a tag, a branch or a commit of it "
-            "after the @ in MODEL, or leave both out",
+            "after the @ in QWENVL_MODEL, or leave both out",
         ),
         (
             "Org/Other",
             "Org/Other is no directory here, and ModelScope does not have it, or not all of its "
             "revision master: look at the spelling",
         ),
-        (f"{NAME}@../..", "the directory that MODEL names does not exist"),
-        (f"{NAME}@", "the directory that MODEL names does not exist"),
+        (f"{NAME}@../..", "the directory that QWENVL_MODEL names does not exist"),
+        (f"{NAME}@", "the directory that QWENVL_MODEL names does not exist"),
     ],
 )
 def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path, name: str, message: str):
@@ -237,7 +237,7 @@ def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path, name: str, message
         (
             403,
             f"ModelScope gives {NAME} only to those who log in, which the service does not: "
-            "download it by hand, and let MODEL name its directory",
+            "download it by hand, and let QWENVL_MODEL name its directory",
         ),
         (
             500,
@@ -255,8 +255,8 @@ def test_a_hub_that_is_away(hub: Hub):
     hub.close()
     assert fail() == (
         f"ModelScope cannot be reached, and {NAME} is not here, or not all of it; what has come is "
-        "kept, and the next start goes on there. Look at the network and the proxy, or let MODEL "
-        "name a directory"
+        "kept, and the next start goes on there. Look at the network and the proxy, or let "
+        "QWENVL_MODEL name a directory"
     )
 
 
@@ -301,7 +301,7 @@ def test_the_command(hub: Hub, tmp_path: Path):
     assert flask("download", QWENVL_MODEL=NAME).returncode == 0
     done = flask("download", QWENVL_MODEL="/nowhere")
     assert done.returncode == 1
-    assert done.stderr == "qwenvl: the directory that MODEL names does not exist\n"
+    assert done.stderr == "qwenvl: the directory that QWENVL_MODEL names does not exist\n"
 
 
 @pytest.mark.parametrize("trouble", ["none", "stall", "away"])

@@ -37,7 +37,14 @@ def big_endian(*tags: tuple[int, int, int, int]) -> bytes:
         # Pillow takes no notice of this marker's length, so that what it covers counts.
         p.jpeg_with(b"\xff\xf0\x7f\xff" + p.segment(0xFE) * 1001),
         p.progressive(33),
+        # Scans that stand behind many tables were not counted.
+        p.progressive(33, p.segment(0xFE) * 600),
         p.png_with(p.chunk(b"tEXt", b"a\0b") * 257),
+        p.png_with(p.zipped(lambda text: p.chunk(b"zTXt", b"k\0\0" + text), 100 * p.MB)),
+        p.png_with(p.zipped(lambda text: p.chunk(b"iTXt", b"k\0\1\0en\0k\0" + text), 100 * p.MB)),
+        PNG[:-12]
+        + p.zipped(lambda text: p.chunk(b"iCCP", b"k\0\0" + text), 100 * p.MB)
+        + PNG[-12:],
         p.png_with(p.chunk(b"IDAT") * 20_001),
         p.gif_with(b"!\xfe\0" * 20_001),
         p.gif_with(b"!\xfe" + b"\1a" * 20_001 + b"\0"),
@@ -56,7 +63,11 @@ def big_endian(*tags: tuple[int, int, int, int]) -> bytes:
         "junk",
         "a marker without a length",
         "scans",
+        "scans behind comments",
         "PNG metadata",
+        "PNG text",
+        "PNG international text",
+        "PNG profile",
         "PNG chunks",
         "GIF blocks",
         "GIF sub-blocks",
@@ -82,6 +93,8 @@ def test_too_many_pieces(data: bytes):
         # Behind the end of the picture may be a film, as in a phone's moving photo.
         p.progressive(10) + b"\xff\xda" * 1000,
         p.png_with(p.chunk(b"tEXt", b"a\0b") * 250),
+        p.png_with(*(p.packed_text(kind, 3 * p.MB) for kind in ("zTXt", "iTXt", "iCCP"))),
+        p.png_with(p.zipped(lambda text: p.chunk(b"zTXt", b"k\0\0" + text), 10 * p.MB)),
         PNG + p.chunk(b"tEXt") * 1000,
         p.animation("PNG", 2000),
         p.gif_with(b"!\xfe" + (b"\xff" + bytes(255)) * 19_000 + b"\0"),
@@ -95,6 +108,8 @@ def test_too_many_pieces(data: bytes):
         "many scans",
         "a film",
         "PNG metadata",
+        "large PNG texts",
+        "a PNG's text that packs well",
         "behind a PNG",
         "APNG",
         "a long GIF comment",

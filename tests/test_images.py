@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 
 from qwenvl_app.errors import BadRequest, TooLarge
 from qwenvl_app.images.decode import decode_image
+from tests.picture_writers import bmp, gif, png, tiff
+from tests.pictures import MB, chunk, exif, packed_text, png_with, small_webp
 from tests.wire import encode, picture
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -250,7 +252,7 @@ def test_pillow_has_nothing_to_say_in_the_log():
     """Its warnings are of a client's file, one line for each, and Python remembers them all."""
     code = (
         "import io, logging\n"
-        "from qwenvl_app.images import decode_image\n"
+        "from qwenvl_app.images.decode import decode_image\n"
         "from tests.pictures import chunk, png_with, tiff\n"
         "logging.basicConfig()\n"
         "decode_image(png_with(chunk(b'acTL', bytes(8))), max_megapixels=1)\n"
@@ -260,3 +262,185 @@ def test_pillow_has_nothing_to_say_in_the_log():
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("header", [56, 108, 124])
+def test_an_alpha_of_nothing_is_none_in_a_bmp(header: int):
+    """The byte was reserved for long, and writers leave it 0: the picture was all white."""
+    red = np.full((4, 4), 0xFF0000, np.uint32)
+    masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    assert decode(bmp(red, 32, header=header, masks=masks)).getpixel((1, 1)) == RED
+    assert decode(bmp(red, 32, header=header)).getpixel((1, 1)) == RED
+    red[3, 3] |= 0xFF000000  # one pixel that is there, and the others are not
+    shown = decode(bmp(red, 32, header=header, masks=masks))
+    assert (shown.getpixel((1, 1)), shown.getpixel((3, 3))) == (WHITE, RED)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "GIF", "TIFF", "AVIF"])
+def test_an_alpha_of_nothing_is_transparent_where_alpha_is_declared(file_format: str):
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert decode(encode(image, file_format)).getpixel((1, 1)) == WHITE
+
+
+def test_a_tiff_that_does_not_declare_its_fourth_sample():
+    red = np.zeros((4, 4, 4), np.uint32)
+    red[:, :, 0] = 255
+    assert decode(tiff(red, 8, 2)).getpixel((1, 1)) == RED
+    assert decode(tiff(red, 8, 2, more=[(338, 3, [2])])).getpixel((1, 1)) == WHITE
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_white_is_zero(order: str, bits: int):
+    """16 bits came out inverted, or not at all."""
+    samples = np.array([[[0], [2**bits - 1]]], np.uint32)
+    for compression in (1, 8):
+        shown = decode(tiff(samples, bits, 0, order=order, compression=compression))
+        assert (shown.getpixel((0, 0)), shown.getpixel((1, 0))) == (WHITE, (0, 0, 0))
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_transparent_colour_of_sixteen_bits(interlaced: bool):
+    """All 16 count: 0x1234 is transparent, 0x1235 is another colour that looks the same."""
+    grey = np.full((9, 9, 1), 0x1235, np.uint32)
+    grey[4, 4] = 0x1234
+    before = chunk(b"tRNS", b"\x12\x34")
+    shown = decode(png(grey, 16, 0, before=before, interlaced=interlaced))
+    assert (shown.getpixel((0, 0)), shown.getpixel((4, 4))) == ((0x12,) * 3, WHITE)
+    color = np.full((9, 9, 3), 0x1235, np.uint32)
+    color[4, 4] = 0x1234
+    before = chunk(b"tRNS", b"\x12\x34" * 3)
+    shown = decode(png(color, 16, 2, before=before, interlaced=interlaced))
+    assert (shown.getpixel((0, 0)), shown.getpixel((4, 4))) == ((0x12,) * 3, WHITE)
+
+
+def test_a_transparent_grey_of_four_bits():
+    """Pillow stretches the samples to 8 bits, and not the transparent one."""
+    grey = np.full((4, 4, 1), 7, np.uint32)
+    assert decode(png(grey, 4, 0, before=chunk(b"tRNS", b"\0\7"))).getpixel((1, 1)) == WHITE
+
+
+def test_a_gif_that_is_smaller_than_its_canvas():
+    """A browser shows nothing around it, whatever the file calls its background."""
+    frame = np.ones((4, 4), np.uint32)
+    for options in ({}, {"background": 1}, {"transparent": 0}):
+        data = gif(frame, [(0, 0, 0), RED], canvas=(16, 16), at=(8, 8), **options)
+        shown = decode(data)
+        assert shown.size == (16, 16)
+        assert (shown.getpixel((2, 2)), shown.getpixel((9, 9))) == (WHITE, RED)
+
+
+def test_an_animated_webp_whose_first_frame_is_smaller_than_its_canvas():
+    """Only the second has transparency, or none: Pillow showed black around the first."""
+    shown = decode(small_webp(Image.new("RGB", (16, 16), RED), (40, 30)))
+    assert shown.size == (40, 30)
+    assert close(shown, (30, 20), WHITE)
+    assert close(shown, (8, 8), RED)
+
+
+def test_a_palette_of_black_and_white_does_not_make_one_bit():
+    """Pillow thought so, and read eight pixels from each."""
+    indices = np.array([[0, 1] * 8] * 16, np.uint32)
+    for bits in (4, 8):
+        shown = decode(bmp(indices, bits, palette=[(0, 0, 0), WHITE]))
+        assert np.asarray(shown)[:, :, 0].tolist() == (indices * 255).tolist()
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP", "tEXt"])
+@pytest.mark.parametrize("place", [33, -12], ids=["before the pixels", "behind them"])
+def test_a_large_text_or_profile_in_a_png(kind: str, place: int):
+    """ComfyUI's pictures carry their workflow; Pillow refuses a megabyte of packed text."""
+    data = picture()
+    data = data[:place] + packed_text(kind, 3 * MB) + data[place:]
+    assert decode(data).tobytes() == decode(picture()).tobytes()
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"pHYs", b"iCCP", b"eXIf", b"tRNS", b"acTL", b"fcTL"])
+@pytest.mark.parametrize("place", [33, -12], ids=["before the pixels", "behind them"])
+def test_a_damaged_chunk_that_a_png_can_do_without(kind: bytes, place: int):
+    damaged = chunk(kind, bytes(26))[:-1] + b"?"
+    data = picture()
+    shown = decode(data[:place] + damaged + data[place:])
+    assert shown.tobytes() == decode(picture()).tobytes()
+
+
+@pytest.mark.parametrize("kind", [b"PLTE", b"ABCD"])
+def test_a_damaged_chunk_that_a_png_needs(kind: bytes):
+    with pytest.raises(BadRequest):
+        decode(png_with(chunk(kind, bytes(3))[:-1] + b"?"))
+
+
+def test_the_orientation_behind_the_pixels_of_a_png():
+    data = picture(size=(96, 64))
+    rotated = data[:-12] + chunk(b"eXIf", exif(6)) + data[-12:]
+    assert decode(rotated).size == (64, 96)
+
+
+_JPEGS: dict[str, dict[str, object]] = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "optimised": {"optimize": True},
+    "restarts": {"restart_marker_rows": 1},
+    "many restarts": {"restart_marker_blocks": 3},
+    "progressive with restarts": {"progressive": True, "restart_marker_blocks": 5},
+    "full colour": {"subsampling": 0},
+}
+
+
+@pytest.mark.parametrize("kind", _JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_lacks_its_end(kind: str, mode: str):
+    """Its last marker and no more: libjpeg would make up all that is missing, without a word."""
+    grain = np.random.default_rng(2).bytes(67 * 91 * len(mode))
+    data = encode(Image.frombytes(mode, (91, 67), grain), "JPEG", **_JPEGS[kind])
+    whole = decode(data).tobytes()
+    for short in (data[:-2], data[:-1], data[:-2] + b"\xff\xff", data[:-2] + bytes(100)):
+        assert decode(short).tobytes() == whole
+    cuts = [*range(3, 40), *range(40, len(data) - 700, 97)]
+    for cut in cuts:
+        for tail in (b"", bytes(200)):
+            with pytest.raises(BadRequest):
+                decode(data[:-cut] + tail)
+
+
+@pytest.mark.parametrize("kind", _JPEGS)
+def test_a_cut_jpeg_is_the_same_picture_or_none(kind: str):
+    """Of a picture as plain as this a few bytes may be missing and nothing with them."""
+    data = picture(size=(131, 97))
+    data = encode(Image.open(io.BytesIO(data)), "JPEG", **_JPEGS[kind])
+    whole = decode(data).tobytes()
+    refused = 0
+    for cut in range(1, len(data)):
+        try:
+            assert decode(data[:-cut]).tobytes() == whole, cut
+        except BadRequest:
+            refused += 1
+    assert refused > 0.9 * len(data)
+
+
+def test_a_progressive_jpeg_that_lacks_whole_scans():
+    """Each of the others is all there: only their headers tell."""
+    grain = np.random.default_rng(2).integers(0, 256, (67, 91, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(grain), "JPEG", progressive=True)
+    starts = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    tables = [data.rindex(b"\xff\xc4", 0, at) for at in starts[1:]]
+    assert len(tables) >= 8
+    for at in tables:
+        with pytest.raises(BadRequest):
+            decode(data[:at])
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "L", "RGB"])
+def test_a_gif_that_lacks_its_trailer(mode: str):
+    data = encode(Image.open(io.BytesIO(picture())).convert(mode), "GIF")
+    assert decode(data[:-1]).tobytes() == decode(data).tobytes()
+
+
+def test_a_png_that_lacks_its_end():
+    """Its last chunk, or more of it, but none of its pixels."""
+    whole = decode(picture()).tobytes()
+    for cut in range(1, 17):
+        assert decode(picture()[:-cut]).tobytes() == whole
+    assert decode(picture()[:-12] + b"\0\0\1\0IDAT").tobytes() == whole
+    with pytest.raises(BadRequest):
+        decode(picture()[:-40])

@@ -46,6 +46,38 @@ def test_it_grows_in_blocks_keeps_what_it_holds_and_shrinks():
     assert cache.bytes == 4 * BLOCK * LAYOUT.token_bytes
 
 
+def test_it_holds_no_more_than_it_may():
+    """Neither what rounding adds nor what nobody needs any more, however little that is."""
+    cache = SlotCache(LAYOUT)
+    cache.fit(1, BLOCK + 1, most=200)
+    assert cache.bytes == 200 * LAYOUT.token_bytes
+    write(cache, [0], [0], [BLOCK + 1], value=7.0)
+    cache.fit(3, BLOCK + 2, most=3 * BLOCK + 60)
+    assert cache.bytes == 3 * (BLOCK + 20) * LAYOUT.token_bytes
+    cache.fit(1, BLOCK + 1, most=3 * BLOCK + 60)  # not much less: it stays
+    assert cache.bytes == 3 * (BLOCK + 20) * LAYOUT.token_bytes
+    cache.fit(1, BLOCK + 1, most=2 * BLOCK)
+    assert cache.bytes == 2 * BLOCK * LAYOUT.token_bytes
+    assert cache.save(0, BLOCK + 1)[0][0].eq(7).all()
+    cache.fit(0, 0, most=BLOCK)
+    assert cache.bytes == 0
+
+
+@pytest.mark.parametrize(("most", "sides"), [(15, (3, 3)), (16, (4, 4))])
+def test_a_roomy_one_has_sides_of_powers_of_two_where_it_may_hold_so_much(most, sides):
+    cache = SlotCache(LAYOUT, roomy=20 * BLOCK)
+    cache.fit(3, 3 * BLOCK - 1, most=most * BLOCK)
+    assert cache.bytes == sides[0] * sides[1] * BLOCK * LAYOUT.token_bytes
+
+
+def test_a_row_that_has_no_memory_yet_has_nothing_to_be_moved():
+    cache = SlotCache(LAYOUT)
+    cache.fit(1, 4)
+    write(cache, [0], [0], [4], value=3.0)
+    cache.move(1, 0)
+    assert cache.save(0, 4)[0][0].eq(3).all()
+
+
 def test_rows_of_different_lengths_in_one_decode_step():
     cache = SlotCache(LAYOUT)
     cache.fit(3, 10)
@@ -111,6 +143,32 @@ def test_move_clear_save_and_restore():
     assert kept[0][0].eq(3).all()
     cache.restore(1, kept)
     assert cache.save(1, 4)[0][1][0, :, 0].tolist() == [3.5, 3.5, 0, 0]
+
+
+@pytest.mark.parametrize("sides", [(3, 3 * BLOCK), (1, BLOCK)])
+@pytest.mark.parametrize("place", range(4))
+def test_where_memory_ran_out_the_same_call_goes_on(monkeypatch, sides, place):
+    cache = SlotCache(LAYOUT)
+    cache.fit(2, 2 * BLOCK)
+    for layer in (0, 1):
+        write(cache, [0, 1], [0, 0], [BLOCK, BLOCK], layer, value=7.0)
+    real, calls = torch.Tensor.new_zeros, []
+
+    def new_zeros(*arguments):
+        calls.append(arguments)
+        if len(calls) == place + 1:
+            raise torch.OutOfMemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.fit(*sides, most=3 * BLOCK if sides[0] == 1 else 9 * BLOCK)
+    cache.fit(*sides, most=3 * BLOCK if sides[0] == 1 else 9 * BLOCK)
+    assert len(calls) == 5
+    assert cache.bytes == sides[0] * sides[1] * LAYOUT.token_bytes
+    for keys, values in cache.save(0, BLOCK):
+        assert keys.eq(7).all()
+        assert values.eq(7.5).all()
 
 
 @pytest.mark.parametrize("rows", [0, 2])

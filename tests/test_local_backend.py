@@ -14,12 +14,7 @@ from PIL import Image
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import engine as engines
 from qwenvl_app.errors import DeadlineExceeded, InternalError, Unavailable
-from qwenvl_app.generation import (
-    FinishReason,
-    GenerationRequest,
-    Phase,
-    SamplingParams,
-)
+from qwenvl_app.generation import FinishReason, GenerationRequest, Phase, SamplingParams
 from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
 from tests.engines import finish

@@ -9,13 +9,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from qwenvl_app import create_app, errors
-from qwenvl_app.errors import (
-    ClientGone,
-    DeadlineExceeded,
-    InternalError,
-    ServiceError,
-    Unavailable,
-)
+from qwenvl_app.errors import ClientGone, DeadlineExceeded, InternalError, ServiceError, Unavailable
 from qwenvl_app.generation import (
     BackendStats,
     Delta,

@@ -25,8 +25,9 @@ from qwenvl_app.loading import load as loading
 from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.loading.footprint import measure
 from qwenvl_app.loading.load import load
+from qwenvl_app.prompts import PromptBuilder
 from qwenvl_app.settings import load_settings
-from tests.waiting import until
+from tests import templates
 from tests.wire import GOOD, MULTIPART, ROUTE
 
 
@@ -119,10 +120,20 @@ def without_the_image_token(directory: Path) -> None:
         path.write_text(text.replace("<|image_pad|>", "<|picture|>"), encoding="utf-8")
 
 
+def index_of_all(directory: Path) -> None:
+    names = list(load_file(directory / WEIGHTS))
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(names, WEIGHTS)}), encoding="utf-8")
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4915962496\n"
 WEIGHTS = "model.safetensors"
 WEIGHT = "model.visual.merger.linear_fc2.weight"
 AGAIN = "copy or download it again"
+NO_LIMITS = (
+    "preprocessor_config.json has no size with shortest_edge and longest_edge, both numbers above "
+    "0; take the checkpoint's own"
+)
 
 # What is done to a checkpoint, and the whole of what is said. No path is in it.
 BROKEN = {
@@ -145,8 +156,8 @@ BROKEN = {
     ),
     "another tokenizer's file": (
         write("tokenizer.json", b"{}"),
-        "preprocessor_config.json or the tokenizer's files can't be used; copy or download all "
-        "that is not weights again",
+        "the tokenizer's files can't be used, the log has why; copy or download all that is not "
+        "weights again",
     ),
     "a tokenizer without pictures": (
         without_the_image_token,
@@ -159,8 +170,56 @@ BROKEN = {
     ),
     "no template": (
         remove("chat_template.jinja"),
-        "no chat template: looked in chat_template.jinja, chat_template.json, "
-        "tokenizer_config.json",
+        "no chat template: looked in processor_config.json, chat_template.json, "
+        "chat_template.jinja, tokenizer_config.json",
+    ),
+    "templates of which none is the default": (
+        both(
+            remove("chat_template.jinja"),
+            rewrite("tokenizer_config.json", chat_template=[{"name": "rag", "template": "x"}]),
+        ),
+        "tokenizer_config.json has several chat templates, and none is named default",
+    ),
+    "a template in UTF-16": (
+        write("chat_template.jinja", "{{ messages }}".encode("utf-16")),
+        f"chat_template.jinja is not UTF-8; {AGAIN}",
+    ),
+    "JSON as Notepad saves it": (
+        lambda directory: (
+            (directory / "tokenizer_config.json").write_text(
+                "\ufeff" + (directory / "tokenizer_config.json").read_text()
+            )
+            and None
+        ),
+        "tokenizer_config.json begins with a byte order mark; save it as UTF-8 without one",
+    ),
+    "another kind of processor": (
+        rewrite("preprocessor_config.json", image_processor_type="CLIPImageProcessor"),
+        "preprocessor_config.json has image_processor_type 'CLIPImageProcessor', which is no "
+        "Qwen-VL's; take the checkpoint's own preprocessor_config.json",
+    ),
+    "sides in place of pixels": (
+        rewrite("preprocessor_config.json", size={"height": 448, "width": 448}),
+        NO_LIMITS,
+    ),
+    "half of the limits": (
+        rewrite("preprocessor_config.json", size={"longest_edge": 50000}),
+        NO_LIMITS,
+    ),
+    "a limit of nothing": (
+        rewrite("preprocessor_config.json", size={"longest_edge": 0, "shortest_edge": 0}),
+        NO_LIMITS,
+    ),
+    "a limit in quotes": (
+        rewrite("preprocessor_config.json", size={"longest_edge": "50000", "shortest_edge": 1}),
+        NO_LIMITS,
+    ),
+    "limits that transformers can't tell apart": (
+        rewrite(
+            "preprocessor_config.json",
+            size={"longest_edge": 9, "shortest_edge": 9, "max_pixels": 9, "min_pixels": 9},
+        ),
+        "preprocessor_config.json can't be used, the log has why; take the checkpoint's own",
     ),
     "a template without pictures": (
         write("chat_template.jinja", b"{{ messages[0].content[1].text }}"),
@@ -305,6 +364,16 @@ BROKEN = {
         "model.safetensors lacks 1 tensors that model.safetensors.index.json says it has, the "
         f"first is tensor0: the files are not of one checkpoint; {AGAIN}",
     ),
+    "one limit in two places": (
+        rewrite(
+            "preprocessor_config.json", size={"max_pixels": 9, "min_pixels": 1}, max_pixels=50000
+        ),
+        "preprocessor_config.json can't be used, the log has why; take the checkpoint's own",
+    ),
+    "an index without metadata": (
+        index_of_all,
+        f"model.safetensors.index.json has no metadata; {AGAIN}",
+    ),
     "a missing tensor": (
         change_tensors(lambda tensors: tensors.pop(WEIGHT)),
         f"the weights lack 1 tensors, the first is {WEIGHT}",
@@ -365,7 +434,10 @@ def test_no_permission(file: str, what: str):
 def test_a_directory_in_a_directory_that_may_not_be_entered():
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:
         Path(parent).chmod(0)
-        with unprivileged(), pytest.raises(ModelLoadError, match="that MODEL names cannot be read"):
+        with (
+            unprivileged(),
+            pytest.raises(ModelLoadError, match="that QWENVL_MODEL names cannot be read"),
+        ):
             checkpoints.find(f"{parent}/checkpoint")
         Path(parent).chmod(0o755)
 
@@ -398,9 +470,9 @@ def test_weights_that_are_not_numbers_are_told_before_anybody_asks(checkpoint: P
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("/does/not/exist", "the directory that MODEL names does not exist"),
-        ("no-such-thing", "the directory that MODEL names does not exist"),
-        (str(Path(__file__)), "MODEL is a file"),
+        ("/does/not/exist", "the directory that QWENVL_MODEL names does not exist"),
+        ("no-such-thing", "the directory that QWENVL_MODEL names does not exist"),
+        (str(Path(__file__)), "QWENVL_MODEL is a file"),
     ],
 )
 def test_names_that_are_no_directory(name: str, message: str):
@@ -416,8 +488,61 @@ def test_a_template_in_json_will_do(checkpoint: Path):
     assert checkpoints.check(checkpoint) == template
 
 
+def kept_in(file: str, template: str) -> Callable[[Path], None]:
+    """The template, in ``file`` alone, in one of the forms that tools have written."""
+    others = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+    return {
+        "chat_template.jinja": write("chat_template.jinja", template.encode()),
+        "a byte order mark": write("chat_template.jinja", ("\ufeff" + template).encode()),
+        "CRLF": write("chat_template.jinja", template.replace("\n", "\r\n").encode()),
+        "processor_config.json": write(
+            "processor_config.json", json.dumps({"chat_template": template}).encode()
+        ),
+        "named": rewrite("tokenizer_config.json", chat_template=others),
+        "named, as an object": rewrite(
+            "tokenizer_config.json", chat_template={"default": template, "rag": "x"}
+        ),
+        "JSON, named": write("chat_template.json", json.dumps({"chat_template": others}).encode()),
+        "a byte order mark in JSON": rewrite(
+            "tokenizer_config.json", chat_template="\ufeff" + template
+        ),
+    }[file]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("chat_template.jinja", "a byte order mark", "CRLF", "processor_config.json", "named"),
+        *("named, as an object", "JSON, named", "a byte order mark in JSON"),
+    ],
+)
+def test_wherever_the_template_is_the_prompt_is_the_same(checkpoint: Path, file: str):
+    """A byte order mark, which editors leave, was a token of every prompt."""
+    template = templates.published("qwen3_vl")
+    expected = PromptBuilder(load("demo").tokenizer, template, 2).build("描述", (1, 4, 4))
+    remove("chat_template.jinja")(checkpoint)
+    kept_in(file, template)(checkpoint)
+    assert load(str(checkpoint)).prompts.build("描述", (1, 4, 4)) == expected
+
+
+def test_of_several_templates_it_is_transformers_one(checkpoint: Path):
+    """AutoProcessor's order, which the replaced service had."""
+    remove("chat_template.jinja")(checkpoint)
+    for source, change in (
+        ("tokenizer", rewrite("tokenizer_config.json", chat_template="tokenizer")),
+        ("jinja", write("chat_template.jinja", b"jinja")),
+        ("json", write("chat_template.json", b'{"chat_template": "json"}')),
+        ("processor", write("processor_config.json", b'{"chat_template": "processor"}')),
+    ):
+        change(checkpoint)
+        assert checkpoints.check(checkpoint) == source
+
+
 def wait_for(backend: LocalBackend, phase: Phase) -> None:
-    until(lambda: backend.status().phase is phase, 60, backend.status)
+    deadline = time.monotonic() + 60
+    while backend.status().phase is not phase:
+        assert time.monotonic() < deadline, backend.status()
+        time.sleep(0.01)
 
 
 def test_a_failed_load_answers_500_and_says_why_to_the_operator(checkpoint: Path, caplog):
@@ -491,7 +616,7 @@ def test_the_largest_picture_that_fits_is_told(monkeypatch):
     monkeypatch.setattr("qwenvl_app.loading.devices.free_memory", lambda _device: free)
     backend = LocalBackend(load_settings({}, device="cpu"))
     wait_for(backend, Phase.FAILED)
-    found = re.search(r"MAX_IMAGE_MEGAPIXELS=([\d.]+)", backend.status().message)
+    found = re.search(r"QWENVL_MAX_IMAGE_MEGAPIXELS=([\d.]+)", backend.status().message)
     backend.close()
     assert found
     backend = LocalBackend(load_settings({}, device="cpu", max_image_megapixels=float(found[1])))
@@ -512,6 +637,72 @@ def test_an_image_processor_among_all_processors(checkpoint: Path):
     (checkpoint / "processor_config.json").write_text("{}")
     with pytest.raises(ModelLoadError, match=r"lacks preprocessor_config\.json"):
         checkpoints.check(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("Qwen2_5_VLImageProcessor", "Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast"),
+        *("Qwen2VLImageProcessorPil", "Qwen3VLImageProcessorFast", None),
+    ],
+)
+def test_whatever_the_image_processor_was_called(checkpoint: Path, kind: str | None):
+    """Qwen2.5-VL's was called so for a while, and is in the files of those who tuned it then."""
+    rewrite("preprocessor_config.json", image_processor_type=kind)(checkpoint)
+    assert load(str(checkpoint)).patcher.side == 16
+
+
+def split(directory: Path, *, shards: bool = True, whole: bool = True) -> dict[str, torch.Tensor]:
+    """Two shards and their index, and beside them an older file of other weights."""
+    tensors = load_file(directory / WEIGHTS)
+    names = sorted(tensors)
+    parts = {
+        "model-00001-of-00002.safetensors": names[: len(names) // 2],
+        "model-00002-of-00002.safetensors": names[len(names) // 2 :],
+    }
+    files = {name: file for file, own in parts.items() for name in own}
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": files}), encoding="utf-8")
+    for file, own in parts.items():
+        if shards:
+            save_file({name: tensors[name] for name in own}, directory / file, {"format": "pt"})
+    if whole and shards:
+        other = {name: torch.zeros(3) for name in names[:5]}
+        save_file(other, directory / WEIGHTS, {"format": "pt"})
+    return tensors
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_of_two_sets_of_weights_the_whole_one_is_used(checkpoint: Path, shards: bool, caplog):
+    """What ``save_pretrained`` leaves of an earlier save: one file, or an index without shards."""
+    tensors = split(checkpoint, shards=shards)
+    used = "model.safetensors.index.json" if shards else WEIGHTS
+    loaded = load(str(checkpoint))
+    assert f"there are two sets of weights: {used} is used" in caplog.text
+    own = dict(loaded.model.named_parameters())
+    assert torch.equal(own[WEIGHT], tensors[WEIGHT])
+    assert measure(checkpoint, "auto", 1e9).weights == measure(DEMO, "auto", 1e9).weights
+
+
+def test_half_of_the_shards_beside_an_older_file(checkpoint: Path):
+    """Which is whole, but perhaps another model's: nothing is guessed."""
+    split(checkpoint)
+    (checkpoint / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match=r"lacks model-00002-of-00002\.safetensors"):
+        load(str(checkpoint))
+
+
+def test_the_weights_that_were_checked_are_loaded(checkpoint: Path):
+    """transformers would take another file that config.json names, which nobody looked at."""
+    rewrite("config.json", transformers_weights="other.safetensors")(checkpoint)
+    assert load(str(checkpoint)).model.config.transformers_weights == WEIGHTS
+
+
+def test_a_tokenizer_that_splits_its_own_control_tokens(checkpoint: Path):
+    """The service was ready, and answered gibberish: the template's tokens were text to it."""
+    rewrite("tokenizer_config.json", split_special_tokens=True)(checkpoint)
+    prompt = load(str(checkpoint)).prompts.build("描述", (1, 4, 4))
+    assert prompt == load("demo").prompts.build("描述", (1, 4, 4))
 
 
 def test_closing_while_loading(monkeypatch):

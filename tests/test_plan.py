@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -32,7 +33,7 @@ def published(
         unread=0,
         repacked=0,
         read=0,
-        tokenizers=190 * MIB,
+        tokenizer=130 * MIB,
         kv_token=2 * layers * 8 * head * 2,
         attention_token=2 * heads * head * 2 + 8 * head * 2,
         state=0,
@@ -108,14 +109,14 @@ def test_the_numbers_of_8b():
             19.5,
             {},
             "the largest allowed picture does not fit beside the weights; what would fit: "
-            "MAX_IMAGE_MEGAPIXELS=",
+            "QWENVL_MAX_IMAGE_MEGAPIXELS=",
         ),
         (
             M8,
             23.4,
             {"kv_cache_mb": 7000},
-            "KV_CACHE_MB does not fit beside the weights; what would fit: KV_CACHE_MB=0, which "
-            "makes it 5399 here, or a quantised",
+            "QWENVL_KV_CACHE_MB does not fit beside the weights; what would fit: "
+            "QWENVL_KV_CACHE_MB=0, which makes it 5399 here, or a quantised",
         ),
     ],
 )
@@ -128,23 +129,41 @@ def test_what_would_fit_is_said(need: Footprint, free: float, changes: dict[str,
 def test_what_is_advised_works():
     made = make(M8, 19.5)
     assert made.problem
-    megapixels = float(made.problem.partition("MAX_IMAGE_MEGAPIXELS=")[2].split(",")[0])
+    megapixels = float(made.problem.partition("QWENVL_MAX_IMAGE_MEGAPIXELS=")[2].split(",")[0])
     assert 5 < megapixels < 16
     smaller = make(M8.at(megapixels * 1e6), 19.5, max_image_megapixels=megapixels)
     assert not smaller.problem
     assert smaller.together >= 1
 
 
+def test_advice_can_be_typed_as_it_is_printed():
+    """Into an environment: it named keys that are no variables."""
+    plans = [
+        make(M8, 19.5),
+        make(M8, 23.4, kv_cache_mb=7000),
+        make(M2, 10, cpu=True),
+        make(dataclasses.replace(M2, dtype="float32", weights=2 * M2.weights), 6),
+    ]
+    advised = [re.findall(r"(\w+)=([\w.]+)", str(made)) for made in plans]
+    assert {name for each in advised for name, _ in each} == {
+        *("QWENVL_MAX_IMAGE_MEGAPIXELS", "QWENVL_MAX_CONCURRENCY", "QWENVL_KV_CACHE_MB"),
+        "QWENVL_DTYPE",
+    }
+    for each in advised:
+        for variable in each:
+            load_settings(dict([variable]))
+
+
 def test_half_the_size_is_advised_where_it_is_known_to_help():
     made = make(dataclasses.replace(M2, dtype="float32", weights=2 * M2.weights), 6)
-    assert "DTYPE=bfloat16" in str(made)
+    assert "QWENVL_DTYPE=bfloat16" in str(made)
 
 
 def test_a_cache_that_is_too_small_by_choice():
     """It starts: whose request is too large is told so."""
     made = make(M8, 79, kv_cache_mb=1000)
     assert not made.problem
-    assert "KV_CACHE_MB is too small for the largest request: it is refused" in str(made)
+    assert "QWENVL_KV_CACHE_MB is too small for the largest request: it is refused" in str(made)
     assert made.tokens == 1000 * MIB // M8.kv_token
     assert not made.shared
     assert made.patch == (0, 0)
@@ -160,7 +179,7 @@ def test_eager_attention_is_known_to_be_greedy():
     tower = footprint._tower(real_shape.config()["vision_config"], 1024, 2, cpu=False, eager=True)
     made = make(dataclasses.replace(M8, tower=tower), 79)
     assert made.problem
-    assert "MAX_IMAGE_MEGAPIXELS=" in made.problem
+    assert "QWENVL_MAX_IMAGE_MEGAPIXELS=" in made.problem
 
 
 def test_pictures_of_every_slot_count_on_a_cpu():
@@ -168,8 +187,8 @@ def test_pictures_of_every_slot_count_on_a_cpu():
     made = make(M2, 10, cpu=True)
     assert not made.problem
     assert "the largest picture in every slot at once does not fit; what would fit: " in str(made)
-    assert "MAX_CONCURRENCY=" in str(made)
-    assert "MAX_IMAGE_MEGAPIXELS=" in str(made)
+    assert "QWENVL_MAX_CONCURRENCY=" in str(made)
+    assert "QWENVL_MAX_IMAGE_MEGAPIXELS=" in str(made)
     assert not make(M2, 64, cpu=True).tight
 
 
@@ -197,7 +216,7 @@ def test_what_no_gpu_has_room_for_stays_outside():
     # One layer's place is for those that are fetched.
     assert made.max_memory[0] + made.room + MARGIN <= 15.6 * GIB
     assert make(M8, 15.6, host=2).problem
-    assert make(M8, 15.6).problem  # with DEVICE=cuda
+    assert make(M8, 15.6).problem  # with device="cuda"
 
 
 def test_the_tower_and_the_cache_share():

@@ -37,6 +37,38 @@ def test_the_budget_holds_whatever_is_put():
     assert (len(cache), cache.bytes) == (0, 0)
 
 
+def test_what_a_waiting_request_holds_stays_and_counts():
+    """It was dropped, held all the same, and counted no longer: as much again came beside it."""
+    cache = PrefixCache(3 * 1024)
+    for name in (b"a", b"b", b"c"):
+        cache.put(name, prefix(1))
+    held = cache.get(b"a"), cache.peek(b"b")
+    cache.put(b"d", prefix(2))  # for which only one could go
+    assert cache.peek(b"d") is None
+    assert (len(cache), cache.bytes) == (2, 2 * 1024)
+    cache.put(b"a", prefix(1))
+    assert cache.peek(b"a") is held[0]
+    assert cache.clear() == 0
+    assert cache.bytes == 2 * 1024
+    del held
+    cache.put(b"d", prefix(2))
+    assert cache.peek(b"d")
+    assert cache.bytes == 3 * 1024
+    assert cache.clear() == 3 * 1024
+    assert (len(cache), cache.bytes) == (0, 0)
+
+
+def test_room_is_made_before_a_copy_is():
+    cache = PrefixCache(3 * 1024)
+    for name in (b"a", b"b"):
+        cache.put(name, prefix(1))
+    assert not cache.make_room(4 * 1024)
+    assert len(cache) == 2
+    assert cache.make_room(2 * 1024)
+    assert cache.bytes == 1024
+    assert cache.peek(b"a") is None
+
+
 def test_a_budget_of_0_keeps_nothing():
     cache = PrefixCache(0)
     cache.put(b"a", prefix(1))

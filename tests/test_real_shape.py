@@ -21,12 +21,13 @@ from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.model import LoadedModel, prepare
+from qwenvl_app.engine.sampling import next_tokens
 from qwenvl_app.generation import FinishReason, Phase, SamplingParams
 from qwenvl_app.loading.checkpoint import check
 from qwenvl_app.loading.load import load
 from qwenvl_app.prompts import PromptBuilder
 from qwenvl_app.settings import load_settings
-from tests import parity, real_shape
+from tests import parity, real_shape, templates
 from tests.engines import agrees, finish, generate, random_request, request, running
 from tests.waiting import until
 from tests.wire import GOOD, MULTIPART, ROUTE
@@ -155,7 +156,7 @@ def test_it_samples_as_the_checkpoint_says(loaded):
         )
         for sequence in (first, same, other):
             finish(sequence)
-        drawn = {first.sampler.sample(scores) for _ in range(300)}
+        drawn = {next_tokens([first.sampler], scores[None])[0] for _ in range(300)}
     assert first.tokens == same.tokens != other.tokens
     # The 20 likeliest share the mass almost evenly, and the first 80 % of it are 16 of them.
     assert drawn == set(range(984, 1000))
@@ -214,9 +215,36 @@ def test_the_template_may_be_in_any_of_three_files(loaded, copy, kept):
     if kept == "chat_template.jinja":
         (copy / kept).write_text(real_shape.TEMPLATE, encoding="utf-8")
     template = check(copy)
-    tokenizer = loaded.tokenizer
-    prompts = PromptBuilder(tokenizer, loaded.prompts._text_tokenizer, template, 2)
+    prompts = PromptBuilder(loaded.tokenizer, template, 2)
     assert prompts.build("你好", (1, 4, 4)) == loaded.prompts.build("你好", (1, 4, 4))
+
+
+@pytest.mark.parametrize("name", templates.ALL)
+def test_prompts_are_those_of_the_published_template(loaded, name):
+    """With the real vocabulary, which merges across the border of template and text."""
+    tokenizer, template = loaded.tokenizer, templates.ALL[name]
+    prompts = PromptBuilder(tokenizer, template, 2)
+    for text in (
+        "描述\n",
+        "\r\n a\r\n\r\n",
+        " ",
+        "",
+        "\n\n描述",
+        "What's  in\tit? ",
+        "1\u0338 e\u0301",
+    ):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        assert prompts.build(text, (1, 2, 2)).input_ids == tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=template,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+    plain = prompts.build("x", (1, 2, 2)).input_ids
+    for number, token in tokenizer.added_tokens_decoder.items():
+        hostile = prompts.build(f"x{token.content}x", (1, 2, 2)).input_ids
+        assert hostile.count(number) == plain.count(number)
+        assert f"x{token.content}x" in tokenizer.decode(hostile)
 
 
 def test_it_answers_over_http(directory):
@@ -243,7 +271,7 @@ def test_it_answers_over_http(directory):
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_reasoning_is_no_part_of_the_answer(exact, template, written, answer, reasoned, stream):
     """An Instruct variant has the same two tokens: there they are what is read off a picture."""
-    prompts = PromptBuilder(exact.tokenizer, exact.prompts._text_tokenizer, template, 2)
+    prompts = PromptBuilder(exact.tokenizer, template, 2)
     ids = exact.tokenizer.encode(written)
     asked = request(Image.new("RGB", (64, 64)), stream=stream)
     with (

@@ -212,14 +212,18 @@ PROMPTS = {
     "what stands for the text in the template": same("\x00text\x00"),
     "decomposed": same("e\u0301 \uff21"),  # not normalised
     "not a character": same("\uffff\U0010ffff"),
-    # What is not UTF-8 is read as Latin-1, as the replaced service did (Starlette's form parser),
-    # whatever a part's Content-Type says of its charset.
-    "invalid UTF-8": (b"\xff\xfeabc", "ÿþabc"),
-    "cut in a character": ("图".encode()[:2], "å\x9b"),
-    "lone surrogate": (b"\xed\xa0\x80", "í\xa0\x80"),
-    "CESU-8": (b"\xed\xa0\xbd\xed\xb8\x80", "í\xa0½í¸\x80"),
-    "GBK": ("颜色".encode("gbk"), "ÑÕÉ«"),
-    "UTF-16": ("hi".encode("utf-16"), "ÿþh\x00i\x00"),
+    # Not UTF-8: GB18030, as curl sends it on a Chinese Windows.
+    "GBK": ("颜色".encode("gbk"), "颜色"),
+    "GBK and ASCII": (
+        "用JSON回答：what is 这个?\r\n".encode("gbk"),
+        "用JSON回答：what is 这个?\r\n",
+    ),
+    "GBK, traditional": ("請問這裡有幾隻貓".encode("gbk"), "請問這裡有幾隻貓"),
+    "four bytes a character": ("𠀀是什么字🙂".encode("gb18030"), "𠀀是什么字🙂"),
+    "another script in GB18030": (
+        "翻译：ありがとう привет".encode("gbk"),
+        "翻译：ありがとう привет",
+    ),
     "the longest": same("x" * 50_000),
     "the longest in characters": same("图" * 50_000),
 }
@@ -231,11 +235,135 @@ def test_a_prompt_comes_through_unchanged(post, backend: FakeBackend, sent, expe
     assert backend.requests[0].prompt == expected
 
 
-@pytest.mark.parametrize("charset", ["utf-8", "gbk", "no-such-charset", "idna"])
-def test_the_charset_of_a_part_changes_nothing(post, backend: FakeBackend, charset):
-    body = part("prompt", "颜色".encode(), content_type=f"text/plain; charset={charset}")
-    assert post(IMAGE + body + END).status == 200
-    assert backend.requests[0].prompt == "颜色"
+NO_TEXT = (
+    "字段 prompt 的内容不是文本：请使用 UTF-8，或声明正确的字符集；文件须带文件名（filename）。"
+)
+NO_CHARSET = "不支持所声明的字符集（charset），请使用 UTF-8。"
+UNREADABLE = {
+    "invalid UTF-8": b"\xff\xfeabc",
+    "one byte": b"\x80",
+    "cut in a character": "图".encode()[:2],
+    "cut in the last character": "这是什么".encode()[:-1],
+    "cut at both ends": "这是什么".encode()[1:-1],
+    "Latin-1 in the middle of UTF-8": "这是café".encode() + b"\xe9t" + "什么".encode(),
+    "lone surrogate": b"\xed\xa0\x80",
+    "CESU-8": b"\xed\xa0\xbd\xed\xb8\x80",
+    "UTF-16": "hi".encode("utf-16"),
+    "UTF-16 in Chinese": "这是什么".encode("utf-16"),
+    "Latin-1, café": "café".encode("latin-1"),
+    "Latin-1, one accent in a word": "Welche Farbe hat der Würfel".encode("latin-1"),
+    "Latin-1, two accents": "Größe".encode("latin-1"),
+    "Latin-1, in brackets": "[café]".encode("latin-1"),
+    "Windows-1252": "“hello”".encode("cp1252"),
+    "Windows-1251": "привет".encode("cp1251"),
+    "Shift_JIS": "これは何ですか".encode("shift_jis"),
+    "Big5": "請描述這張圖片的內容".encode("big5"),
+    "GBK with NUL": "颜色\0".encode("gbk"),
+    "for private use": b"\xaa\xa1\xaa\xa2",
+    "not assigned": "颜色\u0378".encode("gb18030"),
+}
+
+
+@pytest.mark.parametrize("sent", UNREADABLE.values(), ids=UNREADABLE)
+def test_no_answer_to_mojibake(post, backend: FakeBackend, sent):
+    """They were read as Latin-1, and the model answered that."""
+    answer = post(IMAGE + part("prompt", sent) + END)
+    assert (answer.status, detail(answer)) == (400, NO_TEXT)
+    assert backend.requests == []
+
+
+CHARSETS = [
+    ("GBK", "这张图片里有什么", "gbk"),
+    ("gbk", "图片", "gbk"),  # as UTF-8 it would be "ͼƬ"
+    ('"GBK"', "描述", "gbk"),
+    ("GB2312", "朱镕基", "gbk"),  # has more than GB 2312 has, as from Windows
+    ("gb18030", "𠀀🙂", "gb18030"),
+    ("Big5", "功許蓋", "big5"),  # each ends in a backslash
+    ("Shift_JIS", "表示①", "cp932"),
+    ("EUC-JP", "日本語", "euc_jp"),
+    ("EUC-KR", "무엇입니까", "euc_kr"),
+    ("windows-1251", "привет", "cp1251"),
+    ("ISO-8859-1", "café", "latin_1"),
+    ("ISO-8859-1", "“café”", "cp1252"),
+    ("ISO-8859-1", "颜色", "utf-8"),  # what libraries declare without a look at the text
+    ("utf-8", "颜色", "utf-8"),
+    ("utf8", "\0", "utf-8"),
+]
+
+
+@pytest.mark.parametrize(("charset", "text", "codec"), CHARSETS)
+@pytest.mark.parametrize("where", ["request", "part", "field", "field behind", "before"])
+def test_the_charset_that_was_declared(post, backend: FakeBackend, charset, text, codec, where):
+    """It was ignored. As in Starlette the request's counts, and as RFC 7578 says the other two."""
+    kind = f"text/plain; charset={charset}" if where == "part" else None
+    name = "图表.png".encode(codec, "ignore")
+    image = IMAGE.replace(b"a.png", name) if where == "request" else IMAGE
+    body = image + part("prompt", text.encode(codec), None, kind)
+    named = part("_charset_", charset.strip('"').encode())
+    if where.startswith("field"):
+        body = named + body if where == "field" else body + named
+    request = {"request": f"{MULTIPART}; charset={charset}"}.get(where, MULTIPART)
+    if where == "before":
+        request = MULTIPART.replace(";", f"; Charset = {charset};", 1)
+    assert post(body + END, request).status == 200
+    assert backend.requests[0].prompt == text
+
+
+def test_the_nearest_charset_counts(post, backend: FakeBackend):
+    named, gbk = part("_charset_", b"koi8-r"), f"{MULTIPART}; charset=GBK"
+    own = part("prompt", "圖片".encode("big5"), None, "text/plain; charset=big5")
+    assert post(named + IMAGE + own + END, gbk).status == 200
+    assert post(named + IMAGE + part("prompt", "图片".encode("gbk")) + END, gbk).status == 200
+    assert [request.prompt for request in backend.requests] == ["圖片", "图片"]
+
+
+@pytest.mark.parametrize("where", ["request", "part", "field"])
+@pytest.mark.parametrize(
+    "charset",
+    [
+        *("no-such-charset", "x" * 5000, "utf-9", "颜色", "gbk2312", "utf-7", "hz", "cp037"),
+        *("rot13", "zlib", "bz2", "base64", "idna", "punycode", "unicode_escape", "undefined"),
+    ],
+)
+def test_no_such_charset(post, backend: FakeBackend, charset, where):
+    """Python has codecs that are no charsets; some unpack megabytes from a few bytes."""
+    kind = f"text/plain; charset={charset}" if where == "part" else None
+    body = IMAGE + part("prompt", b"what?", None, kind) + END
+    if where == "field":
+        body = part("_charset_", charset.encode()) + body
+    shown = charset.encode().decode("latin-1")
+    answer = post(body, f"{MULTIPART}; charset={shown}" if where == "request" else MULTIPART)
+    assert (answer.status, detail(answer)) == (400, NO_CHARSET)
+    assert backend.requests == []
+
+
+@pytest.mark.parametrize(
+    ("charset", "sent"),
+    [
+        ("utf-8", "颜色".encode("gbk")),
+        ("us-ascii", "颜色".encode()),
+        ("GBK", b"\xff\xfe"),
+        ("gbk", "颜色".encode("gbk")[:-1]),
+        ("Shift_JIS", b"\x82"),
+        ("ISO-8859-1", b"\x89PNG\r\n\x1a\n\0"),
+        ("utf-16-le", b"a"),
+    ],
+)
+def test_bytes_that_are_not_of_the_charset_that_was_declared(post, backend, charset, sent):
+    body = IMAGE + part("prompt", sent, None, f"text/plain; charset={charset}") + END
+    answer = post(body)
+    assert (answer.status, detail(answer)) == (400, NO_TEXT)
+    assert backend.requests == []
+
+
+@pytest.mark.parametrize("data", [picture(file_format=name) for name in ("PNG", "JPEG", "BMP")])
+@pytest.mark.parametrize("charset", ["", "; charset=gbk", "; charset=iso-8859-1"])
+def test_a_picture_that_was_sent_as_text_does_not_come_back(post, data, charset):
+    """It came back in ``input``."""
+    body = part("image", data, None, "image/png" + charset) + PROMPT + END
+    answer = post(body, MULTIPART + charset)
+    assert answer.status == 400
+    assert detail(answer) == NO_TEXT.replace("prompt", "image")
 
 
 def test_a_prompt_that_is_too_long_takes_no_permit(app, post, backend: FakeBackend):

@@ -71,6 +71,35 @@ def test_rows_are_kept_moved_saved_and_restored():
     assert torch.equal(cache.save(3, 3)[0][0], saved[0][0])
 
 
+def test_a_row_that_has_no_memory_yet_has_nothing_to_be_moved():
+    cache = RecurrentCache(LAYOUT)
+    cache.fit(3, 10)
+    cache.fit(0, 0)  # of states nothing is left, and of keys and values something
+    cache.move(2, 0)
+    cache.fit(1, 10)
+    read(cache, [0], 0, 1.0)
+    assert states(cache, 0) == [1, 1]
+
+
+def test_matrices_that_stay_are_not_copied_for_it(monkeypatch):
+    """They were, for each row that was being prefilled, and beside the budget."""
+    cache = RecurrentCache(LAYOUT)
+    cache.fit(3, 10)
+    read(cache, [0, 1, 2], 0, 1.0)
+    copied: list[int] = []
+    real = torch.Tensor.clone
+
+    def clone(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor.numel())
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    with cache.kept([0, 2]):
+        read(cache, [0, 1, 2], 3, 5.0, width=1)
+    assert copied == [5 * 4] * 4
+    assert [states(cache, row) for row in range(3)] == [[1, 1], [5, 6], [1, 1]]
+
+
 def test_who_takes_a_row_over_begins_anew():
     """Also where the numbers of the one before were not finite."""
     cache = RecurrentCache(LAYOUT)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from qwenvl_app.engine.drawing import SORTED, TOO_NARROW, Rules, draw
 from qwenvl_app.engine.model import LoadedModel
-from qwenvl_app.engine.sampling import Sampler, repeats_itself
+from qwenvl_app.engine.sampling import Sampler, next_tokens, repeats_itself
 from qwenvl_app.generation import SamplingParams
 from qwenvl_app.loading.load import load
 from tests.engines import finish, request, running, spread
@@ -22,6 +31,13 @@ DRAWS = 4000
 @pytest.fixture(scope="module")
 def wild() -> LoadedModel:
     return spread(load("demo"))
+
+
+def pick(sampler: Sampler, logits: torch.Tensor) -> int:
+    """The next token of a sequence that is alone."""
+    (token,) = next_tokens([sampler], logits[None])
+    assert isinstance(token, int), token
+    return token
 
 
 def chi_square(ours: Counter[int], theirs: Counter[int]) -> tuple[float, int]:
@@ -65,12 +81,15 @@ def test_the_distribution_is_that_of_generate(wild, settings):
         )[:, -1]
     theirs = Counter(drawn.tolist())
     ours = Counter(
-        Sampler(
-            SamplingParams(seed=seed, **settings),
-            GenerationConfig(),
-            ids[0].tolist(),
-            CPU,
-        ).sample(logits)
+        pick(
+            Sampler(
+                SamplingParams(seed=seed, **settings),
+                GenerationConfig(),
+                ids[0].tolist(),
+                CPU,
+            ),
+            logits,
+        )
         for seed in range(DRAWS)
     )
     value, degrees = chi_square(ours, theirs)
@@ -79,12 +98,150 @@ def test_the_distribution_is_that_of_generate(wild, settings):
     assert value < degrees + 5 * (2 * degrees) ** 0.5, (value, degrees)
 
 
+def warped(logits: torch.Tensor, rules: Rules) -> torch.Tensor:
+    """The chances of all tokens, as transformers' own warpers make them."""
+    steps = [TemperatureLogitsWarper(rules.temperature)]
+    if rules.top_k:
+        steps.append(TopKLogitsWarper(rules.top_k))
+    if rules.top_p < 1:
+        steps.append(TopPLogitsWarper(rules.top_p))
+    if rules.min_p:
+        steps.append(MinPLogitsWarper(rules.min_p))
+    return LogitsProcessorList(steps)(None, logits[None].float())[0].double().softmax(-1)
+
+
+def drawn(logits: torch.Tensor, rules: Rules, chances: torch.Tensor) -> torch.Tensor:
+    """The token for each of ``chances``, as ``next_tokens`` has it drawn."""
+    scores = logits.float().expand(len(chances), -1)
+    numbers = torch.tensor(rules, dtype=torch.double).expand(len(chances), -1)
+    tokens = draw(scores, numbers, chances, rules.view)
+    narrow = tokens == TOO_NARROW
+    assert narrow.all() or not narrow.any()
+    return draw(scores, numbers, chances, SORTED) if narrow.any() else tokens
+
+
+def scores_of(kind: str) -> torch.Tensor:
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(5)) * 4
+    return {
+        "all different": logits,
+        "many equal": logits.bfloat16(),
+        "whole numbers": logits.round(),
+        "all equal": torch.ones(3000),
+        "flat": logits / 100,
+        "fewer than there are candidates": logits[:90],
+        "most are ruled out": logits.masked_fill(torch.arange(3000) % 300 > 0, -torch.inf),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "all different",
+        "many equal",
+        "whole numbers",
+        "all equal",
+        "flat",
+        "fewer than there are candidates",
+        "most are ruled out",
+    ],
+)
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules(0.7, 20, 0.8, 0.0),
+        Rules(1.0, 1, 1.0, 0.0),
+        Rules(1.5, 50, 1.0, 0.05),
+        Rules(2.0, 400, 0.9, 0.0),
+        Rules(1.0, 2000, 0.99, 0.0),
+        Rules(1.0, 0, 0.9, 0.0),
+        Rules(0.5, 0, 1.0, 0.1),
+        Rules(1.0, 0, 0.0, 0.0),
+        Rules(0.9, 0, 1.0, 0.0),
+    ],
+)
+def test_what_may_be_drawn_is_what_the_warpers_of_transformers_leave(kind, rules):
+    """To each token its share of evenly spaced numbers; also where many are equally likely.
+
+    Top-k lets through all that are equal to its last. Of those at top-p's end some are dropped, and
+    which ones is left to a sort that is not stable: so equal ones are compared as a set.
+    """
+    logits, count = scores_of(kind), 2000
+    chances = (torch.arange(count, dtype=torch.double) + 0.5) / count
+    tokens = torch.cat([drawn(logits, rules, some) for some in chances.split(250)])
+    ours, theirs = torch.bincount(tokens, minlength=len(logits)) / count, warped(logits, rules)
+    ours, theirs = (each[np.lexsort((each, logits.float()))] for each in (ours, theirs))
+    assert not ours[theirs == 0].any()
+    assert (ours - theirs).abs().max() < 1.01 / count
+
+
+def test_what_a_row_gets_does_not_depend_on_who_shares_the_batch():
+    """Nor does a number drawn for one row cost another one of its own."""
+    asked = [
+        {},
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
+        {"temperature": 1.2, "top_k": 300},
+        {"temperature": 1.2, "top_k": 1500},
+        {"temperature": 1.0, "top_k": 0, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 0},
+        {"temperature": 0.8, "repetition_penalty": 1.3},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+    ]
+    logits = torch.randn(12, len(asked), 4000, generator=torch.Generator().manual_seed(1)) * 2
+    logits[:, :, ::3] = logits[:, :, ::3].round()
+
+    def samplers() -> list[Sampler]:
+        return [
+            Sampler(SamplingParams(seed=number, **each), GenerationConfig(), [1, 2, 3], CPU)
+            for number, each in enumerate(asked)
+        ]
+
+    together = samplers()
+    expected = [next_tokens(together, step) for step in logits]
+    for number, alone in enumerate(samplers()):
+        assert [pick(alone, step[number]) for step in logits] == [row[number] for row in expected]
+    others = samplers()[::-1]
+    for step, tokens in zip(logits, expected, strict=True):
+        assert (
+            next_tokens([*others, None], torch.cat([step.flip(0), step[:1]]))[:-1] == tokens[::-1]
+        )
+
+
+def test_a_row_for_which_there_is_no_token_is_alone_with_that():
+    def sampler(**settings) -> Sampler:
+        return Sampler(SamplingParams(seed=1, **settings), GenerationConfig(), [1], CPU)
+
+    samplers = [
+        sampler(),
+        sampler(temperature=1.0),
+        sampler(temperature=1.0),
+        sampler(),
+        None,
+        sampler(temperature=1.0),
+        sampler(),
+        sampler(temperature=1.0, top_k=0),
+    ]
+    samplers[5].process = lambda scores: scores - torch.inf
+    samplers[6].process = lambda _scores: 1 / 0
+    samplers[7].process = lambda scores: scores * torch.nan
+    logits = torch.zeros(len(samplers), 500)
+    logits[:, 7] = 30.0
+    for row, number in ((2, torch.nan), (3, -torch.inf), (4, torch.inf)):
+        logits[row, 100] = number
+    tokens = next_tokens(samplers, logits)
+    assert tokens[:2] == [7, 7]
+    assert [type(token) for token in tokens[2:]] == [
+        *[ValueError] * 4,
+        ZeroDivisionError,
+        ValueError,
+    ]
+
+
 def test_the_checkpoint_decides_what_the_request_leaves_open():
     logits = torch.tensor([0.0, 3.0, 2.9, -5.0])
 
     def tokens(params: SamplingParams, **config) -> set[int]:
         return {
-            Sampler(params, GenerationConfig(**config), [0], CPU).sample(logits) for _ in range(200)
+            pick(Sampler(params, GenerationConfig(**config), [0], CPU), logits) for _ in range(200)
         }
 
     assert tokens(SamplingParams()) == {1}
@@ -93,9 +250,11 @@ def test_the_checkpoint_decides_what_the_request_leaves_open():
     assert tokens(SamplingParams(temperature=0), do_sample=True) == {1}
     assert tokens(SamplingParams(temperature=1e-30), do_sample=True) == {1}
     assert tokens(SamplingParams(temperature=1.0, top_k=2)) == {1, 2}
-    assert Sampler(SamplingParams(), GenerationConfig(), [0], CPU).is_argmax
+    greedy = Sampler(SamplingParams(), GenerationConfig(), [0], CPU)
+    assert greedy.rng is None
+    assert not greedy.processors
     penalised = SamplingParams(repetition_penalty=1.1)
-    assert not Sampler(penalised, GenerationConfig(), [0], CPU).is_argmax
+    assert Sampler(penalised, GenerationConfig(), [0], CPU).processors
 
 
 def test_presence_and_frequency_count_the_answer_only():
@@ -108,7 +267,7 @@ def test_presence_and_frequency_count_the_answer_only():
             range(3),
             key=lambda t: logits[t].item() - 0.25 * seen[t] - 1.0 * (seen[t] > 0),
         )
-        assert sampler.sample(logits) == expected
+        assert pick(sampler, logits) == expected
         seen[expected] += 1
     assert len(seen) > 1
 
@@ -140,12 +299,8 @@ def test_one_seed_gives_one_text_at_any_load(wild):
 def test_default_config_of_the_big_model_samples():
     config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
     sampler = Sampler(SamplingParams(), config, [0], CPU)
-    assert not sampler.is_argmax
-    assert [type(step).__name__ for step in sampler._steps] == [
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-    ]
+    assert sampler.rng.rules == (0.7, 20, 0.8, 0.0)
+    assert not sampler.processors
 
 
 def tokens_of(tokenizer, text: str) -> list[int]:

@@ -237,6 +237,31 @@ def test_a_picture_waits_for_the_memory_that_the_tower_needs():
     assert s.admit() == [third]  # 60 + 30 + 7.5
 
 
+def test_the_cache_may_hold_what_the_pictures_leave():
+    """It held on to what it had once needed, and the tower came beside that."""
+    s = sharing(budget=200)
+    assert s.cache_room() == 200
+    old = [Job(prompt_length=20, limit=10, patches=10, encoded=True, computed=20) for _ in range(2)]
+    s.waiting.extend([*old, Job(prompt_length=20, limit=10, patches=30)])
+    s.admit()
+    new = s.rows[2]
+    assert s.cache_room() == 200 - 60 - 15  # the tower, and what it makes
+    new.encoded = True
+    assert s.cache_room() == 200 - 15
+    new.computed = 20
+    assert s.cache_room() == 200
+
+
+def test_who_is_alone_may_have_no_tokens_while_its_picture_is_in_the_tower():
+    s = sharing(budget=100)
+    job = Job(prompt_length=70, limit=10, patches=40)
+    s.waiting.append(job)
+    s.admit()
+    assert s.cache_room() == 0
+    job.encoded = True
+    assert s.cache_room() == job.reserved
+
+
 def test_tower_and_tokens_together_stay_within_the_budget():
     rng = random.Random(7)
     s, left = sharing(budget=300, patches=16), 60
@@ -255,5 +280,6 @@ def test_tower_and_tokens_together_stay_within_the_budget():
             row.patches / 2 for row in s.rows if row.encoded and row.computed < row.prompt_length
         )
         assert rectangle + tower + features <= 300
+        assert len(s.rows) * max((row.computed for row in s.rows), default=0) <= s.cache_room()
         for row in [row for row in s.rows if row.computed >= row.reserved]:
             s.remove(row)

@@ -6,13 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from qwenvl_app.settings import (
-    DEFAULTS,
-    Settings,
-    SettingsError,
-    explain,
-    load_settings,
-)
+from qwenvl_app.settings import DEFAULTS, Settings, SettingsError, explain, load_settings
 
 
 def test_defaults_are_all_in_the_file():

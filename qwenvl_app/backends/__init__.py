@@ -6,13 +6,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from qwenvl_app.errors import InternalError, Unavailable
-from qwenvl_app.generation import (
-    BackendStats,
-    Delta,
-    GenerationRequest,
-    Phase,
-    Status,
-)
+from qwenvl_app.generation import BackendStats, Delta, GenerationRequest, Phase, Status
 from qwenvl_app.settings import Settings
 
 

@@ -9,18 +9,8 @@ import time
 from typing import TYPE_CHECKING
 
 from qwenvl_app.backends import Generation, require_ready
-from qwenvl_app.errors import (
-    LoadStopped,
-    ModelLoadError,
-    Unavailable,
-    is_out_of_memory,
-)
-from qwenvl_app.generation import (
-    BackendStats,
-    GenerationRequest,
-    Phase,
-    Status,
-)
+from qwenvl_app.errors import LoadStopped, ModelLoadError, Unavailable, is_out_of_memory
+from qwenvl_app.generation import BackendStats, GenerationRequest, Phase, Status
 from qwenvl_app.settings import Settings
 
 if TYPE_CHECKING:
@@ -105,12 +95,7 @@ class LocalBackend:
         # answer already.
         from qwenvl_app.engine import cpu
         from qwenvl_app.engine import engine as engines
-        from qwenvl_app.loading import (
-            checkpoint,
-            devices,
-            load,
-            warm_up,
-        )
+        from qwenvl_app.loading import checkpoint, devices, load, warm_up
 
         settings = self._settings
         compiled = settings.compile == "on"
@@ -144,7 +129,7 @@ class LocalBackend:
         except BaseException as error:
             engine.close()
             if compiled and isinstance(error, ModelLoadError):  # it was warmed up in vain
-                hint = "or compiling it fails: set COMPILE=off"
+                hint = "or compiling it fails: set QWENVL_COMPILE=off"
                 raise ModelLoadError(f"{error}; {hint}") from None
             raise
         return engine

@@ -1,6 +1,7 @@
 """The command ``qwenvl``: serve, and what an operator asks before and after.
 
-All but ``serve`` are there as ``flask --app wsgi ...`` too.
+All but ``serve`` are there as ``flask --app wsgi ...`` too. Flask's own ``run``, ``routes`` and
+``shell`` get the application itself.
 """
 
 from __future__ import annotations
@@ -12,18 +13,32 @@ import time
 
 import click
 from flask import Flask
+from flask.cli import FlaskGroup
 
-from qwenvl_app import logs
+from qwenvl_app import create_app, logs
 from qwenvl_app.errors import ModelLoadError
-from qwenvl_app.settings import CONFIG, PREFIX, SECRETS, Settings, SettingsError, explain
+from qwenvl_app.settings import CONFIG, SECRETS, Settings, SettingsError, explain
 from qwenvl_app.version import VERSION
 
 _LINES_APART_S = 5
 
 
-def is_running() -> bool:
-    """Whether this process is the ``flask`` command."""
-    return os.environ.get("FLASK_RUN_FROM_CLI") == "true"  # Flask's own mark
+def application() -> Flask:
+    """What ``wsgi.py`` is imported for: the application, or its commands alone.
+
+    Those must neither load a model nor need settings that are right. It is the ``flask`` group that
+    looks for them; a command that Flask has itself imports the application on its own behalf.
+    """
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return create_app()
+    if isinstance(context.command, FlaskGroup):
+        return commands()
+    settings, _ = effective()
+    logging.config.dictConfig(logs.config(settings.log_format))
+    app = create_app(settings)
+    context.call_on_close(app.extensions["qwenvl"]["close"])
+    return app
 
 
 def commands() -> Flask:
@@ -55,7 +70,7 @@ def main() -> None:
 def serve(bind: str, model: str | None) -> None:
     """Serve until SIGTERM or Ctrl-C. This process becomes gunicorn's."""
     if model:
-        os.environ[f"{PREFIX}MODEL"] = model
+        os.environ["QWENVL_MODEL"] = model
     options = ["-c", str(CONFIG / "gunicorn.conf.py"), "--bind", bind, "qwenvl_app:create_app()"]
     os.execv(sys.executable, [sys.executable, "-m", "gunicorn", *options])  # noqa: S606
 
@@ -87,7 +102,10 @@ def run_doctor(bind: str) -> None:
 
 @click.command("download")
 def download() -> None:
-    """Download the model that MODEL names, as the first start would; exit status 1 if it fails."""
+    """Download the model that QWENVL_MODEL names, as the first start would.
+
+    Exit status 1 if it fails.
+    """
     settings, _ = effective()
     logging.config.dictConfig(logs.config(settings.log_format))
     # Not at the top: it takes time to import.

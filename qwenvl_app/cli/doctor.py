@@ -16,12 +16,7 @@ import torch
 
 from qwenvl_app.engine import cpu, memory
 from qwenvl_app.errors import ModelLoadError
-from qwenvl_app.loading import (
-    checkpoint,
-    devices,
-    footprint,
-    plan,
-)
+from qwenvl_app.loading import checkpoint, devices, footprint, plan
 from qwenvl_app.settings import Settings
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
@@ -95,9 +90,9 @@ def _device(settings: Settings) -> Finding:
     wanted, count = settings.device, torch.cuda.device_count()
     if wanted.startswith("cuda"):
         if not count:
-            return Finding(Level.FAIL, "device", f"{_no_gpu()}; or set DEVICE to auto or cpu")
+            return Finding(Level.FAIL, "device", f"{_no_gpu()}; or set QWENVL_DEVICE=cpu")
         if int(wanted.partition(":")[2] or 0) >= count:
-            text = f"there is no {wanted}: {count} GPUs, counted from 0; set DEVICE"
+            text = f"there is no {wanted}: {count} GPUs, counted from 0; set QWENVL_DEVICE=auto"
             return Finding(Level.FAIL, "device", text)
     if wanted != "cpu" and count:
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(count))
@@ -148,13 +143,13 @@ def _judged(about: str, made: plan.Plan, empty: plan.Plan | None = None) -> Find
 def _host(settings: Settings, need: footprint.Footprint, host: int) -> Finding:
     """The machine's memory beside GPUs."""
     each = plan.picture(need, settings)
-    wanted = _BASE + need.tokenizers + settings.max_concurrency * each
+    wanted = _BASE + need.tokenizer + settings.max_concurrency * each
     text = f"{plan.gib(host)} free, up to {plan.gib(wanted)} wanted for libraries and pictures"
     if host >= wanted:
         return Finding(Level.OK, "host memory", text)
-    fewer = max(0, host - _BASE - need.tokenizers) // each
-    fits = f"MAX_CONCURRENCY={fewer} fits; or " if fewer else ""
-    return Finding(Level.WARN, "host memory", f"{text}; {fits}lower MAX_IMAGE_MEGAPIXELS")
+    fewer = max(0, host - _BASE - need.tokenizer) // each
+    fits = f"QWENVL_MAX_CONCURRENCY={fewer} fits; or " if fewer else ""
+    return Finding(Level.WARN, "host memory", f"{text}; {fits}lower QWENVL_MAX_IMAGE_MEGAPIXELS")
 
 
 def _port(bind: str) -> Finding:

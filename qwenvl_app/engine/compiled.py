@@ -33,7 +33,9 @@ class CompiledDecode:
 
     def __init__(self, step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], Any]):
         if not shutil.which("g++"):  # torch would say so after long, and name its own variables
-            raise ModelLoadError("COMPILE=on needs a C++ compiler: install g++, or set COMPILE=off")
+            raise ModelLoadError(
+                "QWENVL_COMPILE=on needs a C++ compiler: install g++, or set QWENVL_COMPILE=off"
+            )
 
         def body(
             inputs: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]

@@ -26,13 +26,7 @@ from qwenvl_app.errors import (
     Unavailable,
     is_out_of_memory,
 )
-from qwenvl_app.generation import (
-    BackendStats,
-    FinishReason,
-    GenerationRequest,
-    Phase,
-    Status,
-)
+from qwenvl_app.generation import BackendStats, FinishReason, GenerationRequest, Phase, Status
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +63,7 @@ class Engine:
         if self._budget < _LEAST_TOKENS:
             raise ModelLoadError(
                 f"the KV cache has room for {self._budget} tokens only: free memory, or set "
-                "KV_CACHE_MB"
+                "QWENVL_KV_CACHE_MB"
             )
         self._scheduler: Scheduler[Sequence] = Scheduler(
             options.slots,
@@ -80,7 +74,8 @@ class Engine:
             (options.patch_bytes[0] / token, options.patch_bytes[1] / token),
         )
         self.prefixes = PrefixCache(options.prefix_cache_bytes)
-        self._executor = Executor(self._runner, self.prefixes, self._budget)
+        room = self._scheduler.cache_room
+        self._executor = Executor(self._runner, self.prefixes, self._budget, room)
         self._salt = repr(sorted(loaded.image_processor.to_dict().items()))
         ends = loaded.model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends])
@@ -280,8 +275,7 @@ class Engine:
         sequence.finish(how)
         if isinstance(how, FinishReason) and how is not FinishReason.CANCELLED:
             self._failures = 0
-        if moved:
-            self._executor.cache.move(*moved)
+        self._executor.remove(sequence, moved)
 
     def _fail(self, error: Exception) -> None:
         """End what runs, and go on with an empty cache, unless that is no use any more."""

@@ -22,6 +22,7 @@ Box = tuple[slice, slice, slice]  # rows, heads, tokens
 BLOCK = 128  # tokens; rows grow by so many at a time
 FEWEST_ROWS = 2  # of a roomy cache: torch.compile would make a special case of one
 FLOOR = 4 * BLOCK  # tokens in all rows that are not worth giving back
+UNBOUNDED = 2**62
 
 
 def power_of_two(number: int, least: int = 1) -> int:
@@ -76,7 +77,9 @@ class SlotCache(Cache):
     """Keys and values of all rows: for each layer two tensors (rows, heads, length, head_dim).
 
     Memory follows the tokens that live: the rectangle grows in blocks and shrinks when it is much
-    too large. Used by the engine's thread alone.
+    too large, or larger than it may be. While it does either, one tensor of one layer is there
+    twice, which is no part of a budget in tokens (``footprint.Footprint.token`` counts it). Used by
+    the engine's thread alone.
 
     ``roomy``, in tokens: the rectangle's sides are powers of two (rows, blocks) as long as it is
     no larger than that, and it is kept while it is no larger than a quarter of it. ``version``
@@ -105,18 +108,21 @@ class SlotCache(Cache):
         """Memory that is held."""
         return sum(t.numel() * t.element_size() for t in [*self._keys, *self._values])
 
-    def fit(self, rows: int, length: int) -> None:
+    def fit(self, rows: int, length: int, most: int = UNBOUNDED) -> None:
         """Make room for so many rows of so many tokens; give room back that is far too much.
 
-        What lies outside of that is lost: ``rows`` and ``length`` are of all that live.
+        What lies outside of that is lost: ``rows`` and ``length`` are of all that live. ``most``:
+        the tokens that there may be in all, those included that nobody needs, or not yet.
         """
-        rows_now, _, length_now, _ = self._keys[0].shape
-        rows, blocks = self._sides(rows, -(-length // BLOCK))
-        if rows > rows_now or blocks > length_now:
+        # Of the tensor that is changed last: where memory ran out, the same call goes on.
+        rows_now, _, length_now, _ = self._values[-1].shape
+        held = rows_now * length_now
+        too_small = rows > rows_now or length > length_now
+        rows, length = self._sides(rows, length, most)
+        far_too_much = held > self._floor and 4 * rows * length <= held
+        if too_small or far_too_much or held > most:
             # Both sides anew: what one of them once was may be over the budget beside the other.
-            self._resize(rows, blocks)
-        elif 4 * rows * blocks <= rows_now * length_now and rows_now * length_now > self._floor:
-            self._resize(rows, blocks)
+            self._resize(rows, length)
 
     @property
     def rows(self) -> int:
@@ -133,9 +139,10 @@ class SlotCache(Cache):
         self._allocate(0, 0)
 
     def move(self, source: int, target: int) -> None:
-        """Move a row to the place of one that is no longer used."""
+        """Move a row to the place of one that is no longer used; one without memory has nothing."""
         for tensor in [*self._keys, *self._values]:
-            tensor[target].copy_(tensor[source])
+            if source < len(tensor):
+                tensor[target].copy_(tensor[source])
 
     def clear(self, row: int) -> None:
         """Zero a row, whose numbers are not finite: a weight of 0 times NaN is NaN."""
@@ -229,13 +236,15 @@ class SlotCache(Cache):
             )
         return self._indices[device]
 
-    def _sides(self, rows: int, blocks: int) -> tuple[int, int]:
-        """Rows and tokens of the rectangle for so many rows of so many blocks."""
-        if rows and blocks:
-            more_rows, more_blocks = power_of_two(rows, FEWEST_ROWS), power_of_two(blocks)
-            if more_rows * more_blocks * BLOCK <= self._roomy:
-                rows, blocks = more_rows, more_blocks
-        return rows, blocks * BLOCK
+    def _sides(self, rows: int, length: int, most: int) -> tuple[int, int]:
+        """Rows and tokens of the rectangle for so many rows of so many tokens."""
+        if not rows or not length:
+            return rows, 0
+        blocks = -(-length // BLOCK)
+        more_rows, more_blocks = power_of_two(rows, FEWEST_ROWS), power_of_two(blocks)
+        if more_rows * more_blocks * BLOCK <= min(self._roomy, most):
+            return more_rows, more_blocks * BLOCK
+        return rows, max(length, min(blocks * BLOCK, most // rows))
 
     def _allocate(self, rows: int, length: int) -> None:
         shape = (rows, self.layout.heads, length, self.layout.head_dim)
@@ -250,6 +259,8 @@ class SlotCache(Cache):
         # Layer by layer, so that at most one of them is there twice.
         for tensors in (self._keys, self._values):
             for number, old in enumerate(tensors):
+                if old.shape[0] == rows and old.shape[2] == length:
+                    continue
                 new = old.new_zeros(rows, self.layout.heads, length, self.layout.head_dim)
                 kept_rows, kept = min(rows, old.shape[0]), min(length, old.shape[2])
                 new[:kept_rows, :, :kept] = old[:kept_rows, :, :kept]

@@ -112,7 +112,8 @@ class Runner:
         self._device = place(self._text.embed_tokens)
         if compiled and states:
             raise ModelLoadError(
-                "COMPILE=on does not know this model's recurrent layers: set COMPILE=off"
+                "QWENVL_COMPILE=on does not know this model's recurrent layers: set "
+                "QWENVL_COMPILE=off"
             )
         self._compiled = CompiledDecode(self._step) if compiled else None
         if compiled and self._text.config._attn_implementation == "sdpa":
@@ -120,8 +121,8 @@ class Runner:
         places = {self.device, self._device, *(p.device for p in model.parameters())}
         if compiled and len(places) > 1:
             raise ModelLoadError(
-                "COMPILE wants the whole model on one device: set COMPILE=off, or DEVICE to one "
-                "that has room for all of it"
+                "QWENVL_COMPILE=on wants the whole model on one device: set QWENVL_COMPILE=off, or "
+                "let QWENVL_DEVICE name one that has room for all of it"
             )
 
     @property

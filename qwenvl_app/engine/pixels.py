@@ -26,6 +26,22 @@ if TYPE_CHECKING:
 Grid = tuple[int, int, int]  # patches: time, rows, columns
 
 
+def pixel_limits(processor: Any) -> tuple[int, int]:
+    """The least and the most pixels of a resized picture, as ``processor`` takes them.
+
+    Its configuration may have them in two places under three names, and the processor alone knows
+    which counts. Raises ModelLoadError.
+    """
+    size: dict[str, Any] = dict(processor.size)
+    least, most = (size.get(name, 0) for name in ("shortest_edge", "longest_edge"))
+    if not all(isinstance(each, int | float) and each >= 1 for each in (least, most)):
+        raise ModelLoadError(
+            "preprocessor_config.json has no size with shortest_edge and longest_edge, both "
+            "numbers above 0; take the checkpoint's own"
+        )
+    return int(least), int(most)
+
+
 class Patcher:
     """What a processor's configuration says, applied. May be called on any thread.
 
@@ -37,7 +53,7 @@ class Patcher:
             if not getattr(processor, step):
                 raise ModelLoadError(f"preprocessor_config.json has {step} off; it must be on")
         self.side, self.merge = processor.patch_size, processor.merge_size
-        self._least, self._most = processor.size["shortest_edge"], processor.size["longest_edge"]
+        self._least, self._most = pixel_limits(processor)
         self._resample = Images.Resampling(processor.resample)
         # (value * factor - mean) / std, as one product and one sum a channel.
         mean, std = (

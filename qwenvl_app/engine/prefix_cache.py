@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,7 +46,10 @@ def image_key(image: Image, salt: str) -> bytes:
 
 
 class PrefixCache:
-    """The least recently used are dropped when ``budget`` bytes are exceeded. Any thread."""
+    """The least recently used are dropped when ``budget`` bytes would be exceeded. Any thread.
+
+    One that a request holds, which waits for a slot, stays and counts: to drop it frees nothing.
+    """
 
     def __init__(self, budget: int):
         self.budget, self.bytes = budget, 0
@@ -71,20 +75,43 @@ class PrefixCache:
         with self._lock:
             return self._entries.get(key)
 
-    def put(self, key: bytes, prefix: Prefix) -> None:
-        """Keep ``prefix``, unless it alone is over the budget."""
-        if prefix.bytes > self.budget:
-            return
+    def make_room(self, size: int) -> bool:
+        """Whether ``size`` bytes more may be kept; what has to go for them has gone then."""
         with self._lock:
-            if (old := self._entries.pop(key, None)) is not None:
-                self.bytes -= old.bytes
-            self._entries[key] = prefix
-            self.bytes += prefix.bytes
-            while self.bytes > self.budget:
-                self.bytes -= self._entries.popitem(last=False)[1].bytes
+            if size <= self.budget:
+                self._drop(self.budget - size)
+            return self.bytes + size <= self.budget
 
-    def clear(self) -> None:
-        """Forget everything."""
+    def put(self, key: bytes, prefix: Prefix) -> None:
+        """Keep ``prefix``, if there is room for it."""
         with self._lock:
-            self._entries.clear()
-            self.bytes = 0
+            if key in self._entries:
+                self._drop_one(key)
+        if self.make_room(prefix.bytes):
+            with self._lock:
+                if key not in self._entries:
+                    self._entries[key] = prefix
+                    self.bytes += prefix.bytes
+
+    def clear(self) -> int:
+        """Forget all that nobody holds; how many bytes that was."""
+        with self._lock:
+            before = self.bytes
+            self._drop(0)
+            return before - self.bytes
+
+    def _drop(self, most: int) -> None:
+        """Until no more than so many bytes are left, if that can be."""
+        for key in list(self._entries):
+            if self.bytes <= most:
+                break
+            self._drop_one(key)
+
+    def _drop_one(self, key: bytes) -> None:
+        prefix = self._entries.pop(key)
+        size, held = prefix.bytes, weakref.ref(prefix)
+        del prefix  # now it is there only if somebody else holds it
+        if (still := held()) is not None:
+            self._entries[key] = still
+        else:
+            self.bytes -= size

@@ -3,8 +3,8 @@
 Such a layer keeps of a row what it has read so far, in two tensors: the last inputs of a short
 convolution, and a matrix for each head. There is nothing in them that could be masked or written
 over later, as keys and values can: each token has to be read exactly once. So rows are prefilled
-one by one, without padding (``model.py``); a row that only has its place in a call is put back
-after it (``kept``); and a prefix has to be copied at its very end (``Inputs.boundary``).
+one by one, without padding (``model.py``); a row that only has its place in a call reads nothing
+(``kept``); and a prefix has to be copied at its very end (``Inputs.boundary``).
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 
-from qwenvl_app.engine.kv_cache import Layout, SlotCache, State
+from qwenvl_app.engine.kv_cache import UNBOUNDED, Layout, SlotCache, State
 from qwenvl_app.engine.memory import place
 
 
@@ -47,16 +48,16 @@ class RecurrentCache(SlotCache):
         attending = [layer for layer in layers if layer not in self._states]
         self._places = {layer: place for place, layer in enumerate(attending)}
         self._called = slice(0)  # the rows of the call that is under way
+        self._kept: list[int] = []  # of them, those whose state is to stay
 
     @property
     def bytes(self) -> int:
         """See ``SlotCache``."""
-        states = (t for pair in self._states.values() for t in pair)
-        return super().bytes + sum(t.numel() * t.element_size() for t in states)
+        return super().bytes + sum(t.numel() * t.element_size() for t in self._all())
 
-    def fit(self, rows: int, length: int) -> None:
+    def fit(self, rows: int, length: int, most: int = UNBOUNDED) -> None:
         """See ``SlotCache``."""
-        super().fit(rows, length)
+        super().fit(rows, length, most)
         there = len(self._keys[0]) if rows else 0  # a state is large, whatever the length
         for layer, (inputs, matrices) in self._states.items():
             if len(inputs) != there:
@@ -70,24 +71,39 @@ class RecurrentCache(SlotCache):
     def move(self, source: int, target: int) -> None:
         """See ``SlotCache``."""
         super().move(source, target)
-        self._put(target, self._copy(source))
+        for tensor in self._all():
+            if source < len(tensor):
+                tensor[target].copy_(tensor[source])
 
     def save(self, row: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """See ``SlotCache``; behind keys and values come the states, which are those of now."""
-        return super().save(row, length) + self._copy(row)
+        states = self._states.values()
+        copies = [(inputs[row].clone(), matrices[row].clone()) for inputs, matrices in states]
+        return super().save(row, length) + copies
 
     def restore(self, row: int, saved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """See ``SlotCache``."""
         super().restore(row, saved[: len(self._keys)])
-        self._put(row, saved[len(self._keys) :])
+        states = (tensor for pair in saved[len(self._keys) :] for tensor in pair)
+        for tensor, state in zip(self._all(), states, strict=True):
+            tensor[row].copy_(state)
 
     @contextmanager
     def kept(self, rows: list[int]) -> Iterator[None]:
-        """See ``SlotCache``."""
-        copies = [self._copy(row) for row in rows]
-        yield
+        """See ``SlotCache``.
+
+        Matrices are not written. Inputs are, by layers that change them in place; they are small.
+        """
+        inputs = [inputs for inputs, _ in self._states.values()]
+        copies = [[tensor[row].clone() for tensor in inputs] for row in rows]
+        self._kept = rows
+        try:
+            yield
+        finally:
+            self._kept = []
         for row, copy in zip(rows, copies, strict=True):
-            self._put(row, copy)
+            for tensor, kept in zip(inputs, copy, strict=True):
+                tensor[row].copy_(kept)
 
     def begin(self, rows: Many[int], starts: Many[int], widths: Many[int]) -> torch.Tensor:
         """See ``SlotCache``. Rows side by side, and of one width."""
@@ -136,19 +152,17 @@ class RecurrentCache(SlotCache):
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_kwargs: Any
     ) -> torch.Tensor:
-        """Keep the new matrices."""
-        return self.get_recurrent_state(layer_idx).copy_(recurrent_states)
+        """Keep the new matrices, but for rows that stay as they are."""
+        matrices = self.get_recurrent_state(layer_idx)
+        if not self._kept:
+            return matrices.copy_(recurrent_states)
+        for row, old, new in zip(count(self._called.start), matrices, recurrent_states):
+            if row not in self._kept:
+                old.copy_(new)
+        return matrices
 
-    def _copy(self, row: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(inputs[row].clone(), matrices[row].clone()) for inputs, matrices in self._all()]
-
-    def _put(self, row: int, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for (inputs, matrices), copy in zip(self._all(), copies, strict=True):
-            inputs[row].copy_(copy[0])
-            matrices[row].copy_(copy[1])
-
-    def _all(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return list(self._states.values())
+    def _all(self) -> list[torch.Tensor]:
+        return [tensor for pair in self._states.values() for tensor in pair]
 
 
 def _empty(state: State) -> tuple[torch.Tensor, torch.Tensor]:

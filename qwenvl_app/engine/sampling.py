@@ -1,25 +1,21 @@
 """Logits to the next token, as ``generate`` does it (transformers/generation/utils.py).
 
-Everything here belongs to one sequence: its own processors, its own random numbers. So what it
-says does not depend on who shares the batch. Greedy sequences without penalties, the usual case,
-need none of it: the engine takes all their arg-maxima in one call.
+What is asked for, and the random numbers, belong to one sequence; the work is done for all rows of
+a step in one call, with one look at the device. What a row gets does not depend on who shares the
+batch.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence as Many
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+from qwenvl_app.engine.drawing import NO_TOKEN, SORTED, TOO_NARROW, Rng, Rules, View, draw
+from qwenvl_app.engine.processors import FIRST, LAST, PENALTIES, WARPERS, asked_for, warpers
 from qwenvl_app.generation import SamplingParams
 
 # What ``generate`` takes where neither the caller nor the checkpoint says anything
@@ -45,9 +41,9 @@ class PresenceFrequencyPenalty:
 
 
 class Sampler:
-    """Picks the tokens of one sequence. Used by the engine's thread alone.
+    """How the tokens of one sequence are picked. Used by the engine's thread alone, once made.
 
-    ``defaults`` decides what ``params`` leaves open.
+    ``defaults`` decides what ``params`` leaves open. ``rng``: None if the likeliest is taken.
     """
 
     def __init__(
@@ -63,64 +59,114 @@ class Sampler:
                     return value
             return fallback
 
-        temperature = chosen("temperature", 1.0)
-        # Who names a temperature wants to sample; else the checkpoint decides.
-        samples = bool(defaults.do_sample) if params.temperature is None else temperature > _COLD
-        # In the order in which generate applies them.
-        steps: list[Any] = []
+        # What needs all scores, and mostly the ids too, in generate's order: for one sequence at a
+        # time, and most have none. The four rules of drawing come after it, see ``Rules``.
+        processors = asked_for(FIRST, defaults, prompt)
         if (penalty := chosen("repetition_penalty", 1.0)) != 1.0:
-            steps.append(RepetitionPenaltyLogitsProcessor(penalty))
+            processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+        processors += asked_for(PENALTIES, defaults, prompt)
         if params.presence_penalty or params.frequency_penalty:
-            steps.append(
+            processors.append(
                 PresenceFrequencyPenalty(
                     params.presence_penalty, params.frequency_penalty, len(prompt)
                 )
             )
-        # The answer's ids are needed by penalties only. On the CPU for now: this is a request's
-        # thread, and copying to a GPU is for the engine's alone.
-        self._ids = torch.tensor([prompt]) if steps else None
-        if samples:
-            if temperature != 1.0:
-                steps.append(TemperatureLogitsWarper(float(temperature)))
-            if top_k := chosen("top_k", _TOP_K):
-                steps.append(TopKLogitsWarper(top_k))
-            if (top_p := chosen("top_p", 1.0)) < 1.0:
-                steps.append(TopPLogitsWarper(float(top_p)))
-            if (min_p := chosen("min_p", None)) is not None:
-                steps.append(MinPLogitsWarper(min_p))
-        self._steps: Any = LogitsProcessorList(steps)
-        self._generator: torch.Generator | None = None
-        if samples:
-            self._generator = torch.Generator(device)
-            if params.seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed(params.seed)
+        temperature = float(chosen("temperature", 1.0))
+        # Who names a temperature wants to sample; else the checkpoint decides.
+        samples = params.temperature is not None or bool(defaults.do_sample)
+        self.rng: Rng | None = None
+        if samples and temperature > _COLD:
+            top_k, top_p, min_p = chosen("top_k", _TOP_K), chosen("top_p", 1.0), chosen("min_p", 0)
+            rules = Rules(temperature, int(top_k), float(top_p), float(min_p))
+            if asked_for(WARPERS | LAST, defaults, prompt):  # drawing knows four rules alone
+                processors += warpers(defaults, *rules)
+                rules = Rules(1.0, 0, 1.0, 0.0)
+            self.rng = Rng(rules, params.seed, device)
+        processors += asked_for(LAST, defaults, prompt)
+        self.processors: Any = LogitsProcessorList(processors)
+        # On the CPU for now: this is a request's thread, and copying to a GPU is for the engine's.
+        self._ids = torch.tensor([prompt]) if processors else None
 
-    @property
-    def is_argmax(self) -> bool:
-        """Whether the token is simply the likeliest one."""
-        return self._generator is None and not self._steps
+    def process(self, scores: torch.Tensor) -> torch.Tensor:
+        """``scores`` (1, vocabulary) as the processors leave them."""
+        if self._ids is None:
+            return scores
+        self._ids = self._ids.to(scores.device)
+        processed: torch.Tensor = self.processors(self._ids, scores)
+        return processed
 
-    def sample(self, logits: torch.Tensor) -> int:
-        """The next token from ``logits`` (vocabulary). Raises ValueError if there can be none."""
-        scores = logits[None].float()
+    def append(self, token: int) -> None:
+        """The sequence has one more token."""
         if self._ids is not None:
-            self._ids = self._ids.to(scores.device)
-        scores = self._steps(self._ids, scores)
-        if self._generator is None:
-            token = scores.argmax(-1, keepdim=True)
+            self._ids = torch.cat([self._ids, self._ids.new_full((1, 1), token)], dim=1)
+
+
+def next_tokens(samplers: Many[Sampler | None], logits: torch.Tensor) -> list[int | Exception]:
+    """The next token of each row of ``logits`` (rows, vocabulary), or why there is none.
+
+    A row without a sampler wants none: only its logits are judged, and its token means nothing.
+    One row's failure is no other's. Looks at the device once, and again only where more tokens are
+    about equally likely than were looked at.
+    """
+    scores = logits.float()
+    # As good as isfinite().all(), which takes a CPU twenty times as long.
+    finite = (scores.amax(-1) < math.inf) & (scores.amin(-1) > -math.inf)
+    rows = [scores[number : number + 1] for number in range(len(scores))]
+    tokens: list[int | Exception] = [0] * len(rows)
+    groups = _process(samplers, rows, tokens)
+    picked = [_pick(samplers, rows, members, view) for view, members in groups.items()]
+    looked = torch.cat([finite.long(), *picked]).tolist()
+    members = [number for group in groups.values() for number in group]
+    for number, token in zip(members, looked[len(rows) :], strict=True):
+        tokens[number] = token
+    if narrow := [number for number in members if tokens[number] == TOO_NARROW]:
+        again = _pick(samplers, rows, narrow, SORTED).tolist()
+        for number, token in zip(narrow, again, strict=True):
+            tokens[number] = token
+    for number, sampler in enumerate(samplers):
+        if not looked[number]:
+            tokens[number] = ValueError("the logits are not finite")
+        elif tokens[number] == NO_TOKEN:
+            tokens[number] = ValueError("the processors leave no finite probabilities")
+        elif sampler and isinstance(token := tokens[number], int):
+            sampler.append(token)
+    return tokens
+
+
+def _process(
+    samplers: Many[Sampler | None], rows: list[torch.Tensor], tokens: list[int | Exception]
+) -> dict[View | None, list[int]]:
+    """Which rows are picked in one way, having been processed, or their failure put in ``tokens``.
+
+    None: the likeliest is taken.
+    """
+    groups: dict[View | None, list[int]] = {}
+    for number, sampler in enumerate(samplers):
+        if sampler is None:
+            continue
+        try:
+            rows[number] = sampler.process(rows[number])
+        except Exception as error:
+            tokens[number] = error
         else:
-            # What torch.multinomial does, but for its checks, each of which waits for the GPU.
-            chances = scores.softmax(-1)
-            noise = torch.empty_like(chances).exponential_(generator=self._generator)
-            token = (chances / noise).argmax(-1, keepdim=True)
-            token = torch.where(chances.isfinite().all(), token, -1)
-        if self._ids is not None:
-            self._ids = torch.cat([self._ids, token], dim=1)
-        if (chosen := int(token)) < 0:
-            raise ValueError("the penalties leave no finite probabilities")
-        return chosen
+            view = sampler.rng.rules.view if sampler.rng else None
+            groups.setdefault(view, []).append(number)
+    return groups
+
+
+def _pick(
+    samplers: Many[Sampler | None],
+    rows: list[torch.Tensor],
+    members: list[int],
+    view: View | None,
+) -> torch.Tensor:
+    """Tokens (members) of some of ``rows``, each (1, vocabulary), all with the same ``view``."""
+    scores = torch.cat([rows[number] for number in members])
+    if view is None:
+        return scores.argmax(-1)
+    rngs = [sampler.rng for number in members if (sampler := samplers[number]) and sampler.rng]
+    rules = torch.stack([rng.numbers(scores.device) for rng in rngs])
+    return draw(scores, rules, torch.cat([rng.next(scores.device) for rng in rngs]), view)
 
 
 def repeats_itself(tokens: list[int], limit: int) -> bool:

@@ -70,10 +70,11 @@ class Scheduler(Generic[J]):
 
     ``budget`` is in tokens of KV cache: its rectangle of rows times the longest row is held under
     it, counting what each sequence may still grow to, so that nothing that runs ever has to stop
-    for want of memory. ``chunk`` bounds the prompt tokens of one step, and so how long the others
-    wait for their next token; ``patches`` does the same for whole passes of the vision tower, whose
-    ``depth`` layers are spread over several steps for a picture that has more. ``cost`` is what a
-    patch takes of the budget, in tokens: while it is in the tower, and until it is prefilled.
+    for want of memory. The cache keeps to ``cache_room``. ``chunk`` bounds the prompt tokens of one
+    step, and so how long the others wait for their next token; ``patches`` does the same for whole
+    passes of the vision tower, whose ``depth`` layers are spread over several steps for a picture
+    that has more. ``cost`` is what a patch takes of the budget, in tokens: while it is in the
+    tower, and until it is prefilled.
     """
 
     def __init__(
@@ -145,18 +146,29 @@ class Scheduler(Generic[J]):
         tower, features = (math.ceil(patches * cost) for cost in self._cost)
         return self.budget - features if tower + features <= self.budget else 0
 
+    def cache_room(self) -> int:
+        """Tokens that the KV cache may hold now: what the pictures of the rows leave of the budget.
+
+        At least what the rows that run may grow to. But who is alone has none while its picture is
+        in the tower.
+        """
+        return max(0, self.budget - sum(self._pictures(self.rows)))
+
     def _fits(self, job: J) -> bool:
         rows = [*self.rows, job]
         rectangle = len(rows) * max(row.reserved for row in rows)
-        unseen = [row.patches for row in rows if not row.encoded]
-        # One large picture is in the tower at a time, or several small ones.
-        most = max([min(sum(unseen), self._patches), *unseen])
-        tower = math.ceil(self._cost[0] * most)
-        unread = sum(row.patches for row in rows if row.computed < row.prompt_length)
-        features = math.ceil(self._cost[1] * unread)
+        tower, features = self._pictures(rows)
         # Who is alone has no tokens yet while its picture is in the tower.
         taken = max(rectangle, tower) if len(rows) == 1 else rectangle + tower
         return taken + features <= self.budget
+
+    def _pictures(self, rows: list[J]) -> tuple[int, int]:
+        """Tokens of the budget: what the tower may take for ``rows``, and what of it is unread."""
+        unseen = [row.patches for row in rows if not row.encoded]
+        # One large picture is in the tower at a time, or several small ones.
+        most = max([min(sum(unseen), self._patches), *unseen])
+        unread = sum(row.patches for row in rows if row.computed < row.prompt_length)
+        return math.ceil(self._cost[0] * most), math.ceil(self._cost[1] * unread)
 
     def _will_be_shared(self, job: J) -> bool:
         return (

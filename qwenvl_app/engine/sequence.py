@@ -15,13 +15,7 @@ from qwenvl_app.engine.pixels import Grid
 from qwenvl_app.engine.prefix_cache import Prefix
 from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.errors import DeadlineExceeded, ServiceError
-from qwenvl_app.generation import (
-    Delta,
-    FinishReason,
-    GenerationRequest,
-    Timings,
-    Usage,
-)
+from qwenvl_app.generation import Delta, FinishReason, GenerationRequest, Timings, Usage
 
 Event = list[int] | FinishReason | ServiceError
 

@@ -155,7 +155,10 @@ class Encoding:
         merged = self._tower.merged(self._hidden, self._geometry)
         embeds = torch.split_with_sizes(merged, self._sizes)
         layers = [torch.split_with_sizes(layer, self._sizes) for layer in self._deepstack]
+        if len(embeds) == 1:
+            return [Features(merged, self._deepstack)]
+        # Copies: parts of one tensor would all stay until the last of them is read.
         return [
-            Features(part, [layer[number] for layer in layers])
+            Features(part.clone(), [layer[number].clone() for layer in layers])
             for number, part in enumerate(embeds)
         ]

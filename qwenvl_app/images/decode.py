@@ -7,15 +7,15 @@ that way, and a profile is one more parser for hostile input.
 
 from __future__ import annotations
 
-import io
 import logging
 import warnings
 
-import numpy as np
 import pillow_heif
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageChops
 
 from qwenvl_app.errors import BadRequest, TooLarge
+from qwenvl_app.images.samples import Samples, prepare, to_rgb, transparent_color
+from qwenvl_app.images.source import Pieces, opened, source
 from qwenvl_app.images.structure import check_structure
 
 # Chosen by content, never by name. MPO, a phone's JPEG with a second picture, comes through JPEG.
@@ -49,13 +49,20 @@ def decode_image(data: bytes, *, max_megapixels: float) -> Image.Image:
 
     Raises BadRequest for what is no readable picture or too narrow a one, and TooLarge, before
     decoding, for more than ``max_megapixels`` million pixels. Runs on the request's thread. Takes
-    four bytes a pixel (Pillow's RGB), and for a moment twice that, or four times (WebP, 32 bits).
+    four bytes a pixel (Pillow's RGB), and for a moment twice that, or four times (WebP, 32 bits,
+    PNG of 16 bits with a transparent colour).
     """
     try:
         check_structure(data)
-        image = _load(data, max_megapixels)
+        file = source(data)
+        image, samples = _load(file.pieces, max_megapixels)
+        if file.other_end:
+            other, _ = _load(file.other_end, max_megapixels)
+            if not _same(image, other):
+                raise BadRequest(_UNREADABLE)
         turn = _TURNS.get(_orientation(image.info.get("exif")))
-        return _to_rgb(image.transpose(turn) if turn is not None else image)
+        image = image.transpose(turn) if turn is not None else image
+        return to_rgb(image, samples, inverted=file.inverted)
     except (BadRequest, TooLarge, MemoryError):
         raise
     except Image.DecompressionBombError:
@@ -66,15 +73,35 @@ def decode_image(data: bytes, *, max_megapixels: float) -> Image.Image:
         raise BadRequest(_UNREADABLE) from None
 
 
-def _load(data: bytes, max_megapixels: float) -> Image.Image:
-    """Header, size check, pixels."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+def _load(
+    pieces: Pieces, max_megapixels: float, raw: str | None = None
+) -> tuple[Image.Image, Samples]:
+    """Header, size check, pixels; ``raw`` has Pillow unpack them in another way than its own."""
+    with Image.open(opened(pieces), formats=FORMATS) as image:
         _check_size(image.width, image.height, max_megapixels)
-        if image.tile and image.tile[0][0] == "bmp_rle" and image.width * image.height > _MAX_RUNS:
+        tile = image.tile[0] if image.tile else None
+        if tile and tile[0] == "bmp_rle" and image.width * image.height > _MAX_RUNS:
             raise BadRequest(_UNREADABLE)
+        samples = prepare(image)
+        if tile and raw:
+            image.tile = [tile._replace(args=raw)]
         image.load()
         # The same pixels without their file: its decoder may hold as much memory again.
-        return image._new(image.im)
+        loaded = image._new(image.im)
+    color = loaded.info.get("transparency")
+    if raw is None and color and tile and tile[3] == "RGB;16B":
+        lower, _ = _load(pieces, max_megapixels, "RGB;16L")
+        loaded.putalpha(transparent_color(loaded, lower, color))
+    return loaded, samples
+
+
+def _same(one: Image.Image, other: Image.Image) -> bool:
+    """Whether two pictures of one size and mode are, looked at in stripes to save memory."""
+    for top in range(0, one.height, 256):
+        box = (0, top, one.width, min(top + 256, one.height))
+        if ImageChops.difference(one.crop(box), other.crop(box)).getbbox():
+            return False
+    return True
 
 
 def _check_size(width: int, height: int, max_megapixels: float) -> None:
@@ -104,31 +131,3 @@ def _orientation(exif: bytes | None) -> int:
     except Exception:  # whatever the parser stumbles over
         return 1
     return value if isinstance(value, int) else 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_eight_bits(image)
-    if image.has_transparency_data:
-        layer = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
-        image = Image.new("RGB", layer.size, "white")
-        image.paste(layer, mask=layer)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey to its upper byte; 32-bit grey, whose range no file states, stretched to fit."""
-    if image.mode.startswith("I;16"):
-        words = np.asarray(image).astype(np.uint32)
-        words *= 255  # with the next two, value / 257 to the nearest
-        words += 32895
-        words >>= 16
-        return Image.fromarray(words.astype(np.uint8), "L")
-    values = np.array(image, dtype=np.float32)
-    np.nan_to_num(values, copy=False, nan=0, posinf=0, neginf=0)
-    low, high = float(values.min()), float(values.max())
-    with np.errstate(over="ignore"):  # of values at both ends of what a float can be
-        values -= low
-    values *= 255 / (high - low) if high > low else 0
-    np.clip(values.round(out=values), 0, 255, out=values)
-    return Image.fromarray(values.astype(np.uint8), "L")

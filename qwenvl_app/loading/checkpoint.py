@@ -15,8 +15,11 @@ from typing import Any
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading import weights
 from qwenvl_app.loading.files import (
+    BOM,
+    PROCESSOR,
     image_settings,
     read_json,
+    read_text,
     readable,
     refuse_pointer,
 )
@@ -34,7 +37,8 @@ _QUANTISED = {
     "compressed-tensors": {"compressed_tensors": "compressed-tensors"},
     "fp8": {},
 }
-_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+# In the order in which ``ProcessorMixin.get_processor_dict`` takes them; then the tokenizer's own.
+_TEMPLATES = (PROCESSOR, "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 
 
 class NotDownloaded(ModelLoadError):
@@ -52,13 +56,13 @@ def find(
     if name == "demo":
         return DEMO
     path = Path(name).expanduser()
-    with readable("the directory that MODEL names"):
+    with readable("the directory that QWENVL_MODEL names"):
         if path.is_dir():
             return path
         if path.exists():
-            raise ModelLoadError("MODEL is a file; it must be a checkpoint's directory")
+            raise ModelLoadError("QWENVL_MODEL is a file; it must be a checkpoint's directory")
     if not (match := _MODELSCOPE_ID.fullmatch(name)):
-        raise ModelLoadError("the directory that MODEL names does not exist")
+        raise ModelLoadError("the directory that QWENVL_MODEL names does not exist")
     # Only now: it takes time to import, and nothing else here talks to a network.
     from qwenvl_app.loading import hub
 
@@ -141,14 +145,27 @@ def _check_quantisation(config: Any) -> None:
 
 
 def _chat_template(directory: Path) -> str:
+    template: str | None
     for file in _TEMPLATES:
-        path = directory / file
-        if not path.is_file():
+        if not (directory / file).is_file():
             continue
-        if path.suffix == ".jinja":
-            with readable(file):
-                return path.read_text(encoding="utf-8")
-        template = read_json(directory, file).get("chat_template")
-        if isinstance(template, str):
-            return template
+        if file.endswith(".jinja"):
+            template = read_text(directory, file)
+        else:
+            template = _default(file, read_json(directory, file).get("chat_template"))
+        if template is not None:
+            return template.removeprefix(BOM)  # an editor's, which the model would be shown
     raise ModelLoadError(f"no chat template: looked in {', '.join(_TEMPLATES)}")
+
+
+def _default(file: str, template: Any) -> str | None:
+    """Of several named templates, which transformers has saved as a list and as an object."""
+    if isinstance(template, list):
+        template = {
+            each.get("name"): each.get("template") for each in template if isinstance(each, dict)
+        }
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise ModelLoadError(f"{file} has several chat templates, and none is named default")
+        template = template["default"]
+    return template if isinstance(template, str) else None

@@ -11,7 +11,8 @@ from typing import Any
 from qwenvl_app.errors import ModelLoadError
 
 _POINTER = b"version https://git-lfs"
-_PROCESSOR = "processor_config.json"
+PROCESSOR = "processor_config.json"
+BOM = "\ufeff"
 
 
 @contextmanager
@@ -42,11 +43,22 @@ def refuse_pointer(directory: Path, file: str) -> None:
         )
 
 
-def read_json(directory: Path, file: str) -> dict[str, Any]:
-    """The object in ``file``. Raises ModelLoadError."""
+def read_text(directory: Path, file: str) -> str:
+    """What is in ``file``, which must be UTF-8. Raises ModelLoadError."""
     try:
         with readable(file):
-            content = json.loads((directory / file).read_text(encoding="utf-8"))
+            return (directory / file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ModelLoadError(f"{file} is not UTF-8; copy or download it again") from None
+
+
+def read_json(directory: Path, file: str) -> dict[str, Any]:
+    """The object in ``file``. Raises ModelLoadError."""
+    text = read_text(directory, file)
+    if text.startswith(BOM):  # transformers, which reads most of them too, can't
+        raise ModelLoadError(f"{file} begins with a byte order mark; save it as UTF-8 without one")
+    try:
+        content = json.loads(text)
     except ValueError:
         raise ModelLoadError(f"{file} is not valid JSON; copy or download it again") from None
     if not isinstance(content, dict):
@@ -59,8 +71,8 @@ def image_settings(directory: Path) -> dict[str, Any]:
 
     Raises ModelLoadError, if there are none too.
     """
-    if (directory / _PROCESSOR).is_file():
-        own = read_json(directory, _PROCESSOR).get("image_processor")
+    if (directory / PROCESSOR).is_file():
+        own = read_json(directory, PROCESSOR).get("image_processor")
         if isinstance(own, dict):
             return own
     return read_json(directory, "preprocessor_config.json")

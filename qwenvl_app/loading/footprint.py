@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_app.engine import cpu as cpu_layout
-from qwenvl_app.loading.files import image_settings
+from qwenvl_app.engine.pixels import pixel_limits
+from qwenvl_app.loading.processing import image_processor
 from qwenvl_app.loading.weights import weight_files
 
 _FLOATS = ("F64", "F32", "BF16", "F16")  # what ``dtype`` converts
@@ -26,9 +27,9 @@ _STORED = {  # others take one byte
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
 }
-# Tables of a vocabulary and its merges, in Rust and in Python, take 8.5 times the bytes of
-# tokenizer.json; two tokenizers are kept (prompts.py). Measured with the published one, 11 MB.
-_TOKENIZERS = 2 * 8.5
+# Tables of a vocabulary and its merges, in Rust and in Python, and what reading them leaves behind
+# take so many times the bytes of tokenizer.json. Measured with the published one, 11 MB.
+_TOKENIZER = 12
 _LAYER = re.compile(r".*\blayers\.\d+\.")
 _LINEAR = "linear_attention"  # with a state of fixed size in place of keys and values
 
@@ -58,7 +59,7 @@ class Footprint:
     unread: int  # of the weights: rows of the embedding, which are read as their tokens occur
     repacked: int  # what engine/cpu.py lays out and leaves, too, on a CPU in float32
     read: int  # of the files, to lay it out: mapped still, but given back when memory is wanted
-    tokenizers: int
+    tokenizer: int
     kv_token: int  # of the KV cache, a token
     attention_token: int  # beside it, for a moment: one layer's keys and values for all heads
     state: int  # a request: what layers keep that have no keys and values
@@ -104,7 +105,7 @@ def measure(
     dtype = _dtype(config, text) if dtype == "auto" else dtype
     size = _SIZES[dtype]
     side, merged = vision["patch_size"], vision.get("spatial_merge_size", 2) ** 2
-    pixels = _pixels(image_settings(directory), max_pixels)
+    pixels = _pixels(image_processor(directory), max_pixels)
     heads = text["num_attention_heads"]
     head = text.get("head_dim") or text["hidden_size"] // heads
     keys = 2 * text["num_key_value_heads"] * head * size  # and values, of a token in a layer
@@ -112,7 +113,7 @@ def measure(
     return Footprint(
         dtype=dtype,
         **_weights(directory, config, size, cpu=cpu, expands_fp8=expands_fp8),
-        tokenizers=int(_TOKENIZERS * _length(directory / "tokenizer.json")),
+        tokenizer=_TOKENIZER * _length(directory / "tokenizer.json"),
         kv_token=attending * keys,
         attention_token=2 * heads * head * size + keys // 2,
         state=_state(text, size),
@@ -157,11 +158,9 @@ def _weights(
     }
 
 
-def _pixels(processor: dict[str, Any], most: float) -> int:
-    """Of the largest picture, as the model gets it; older checkpoints have other names for it."""
-    size = processor.get("size") or {}
-    largest = size.get("longest_edge") or processor.get("max_pixels") or most
-    least = size.get("shortest_edge") or processor.get("min_pixels") or 0
+def _pixels(processor: Any, most: float) -> int:
+    """Of the largest picture, as the model gets it."""
+    least, largest = pixel_limits(processor)
     return int(max(least, min(most, largest)))
 
 

@@ -48,7 +48,7 @@ _SENTENCES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...
     (
         (errors.AuthenticationError, errors.PermissionDeniedError),
         "ModelScope gives {name} only to those who log in, which the service does not: download it "
-        "by hand, and let MODEL name its directory",
+        "by hand, and let QWENVL_MODEL name its directory",
     ),
     (
         errors.FileIntegrityError,
@@ -58,7 +58,7 @@ _SENTENCES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...
     (
         (errors.NetworkError, requests.RequestException),
         f"ModelScope cannot be reached, and {{name}} is not here, or not all of it; {_AGAIN}. Look "
-        "at the network and the proxy, or let MODEL name a directory",
+        "at the network and the proxy, or let QWENVL_MODEL name a directory",
     ),
 )
 
@@ -144,7 +144,7 @@ def _list(api: HubApi, name: str, revision: str) -> tuple[list[dict[str, Any]], 
     if not listed:  # no error: the hub has an empty list for a revision that it does not know
         raise ModelLoadError(
             f"ModelScope has no revision {revision} of {name}: name a tag, a branch or a commit of "
-            "it after the @ in MODEL, or leave both out"
+            "it after the @ in QWENVL_MODEL, or leave both out"
         )
     files = [file for file in listed if _WANTED.fullmatch(file.get("Path", ""))]
     commit = max(listed, key=lambda file: file.get("CommittedDate") or 0).get("Revision")

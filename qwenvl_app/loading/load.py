@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.errors import ModelLoadError, is_out_of_memory
-from qwenvl_app.loading import processing, progress
+from qwenvl_app.loading import generation_defaults, processing, progress, weights
 from qwenvl_app.loading.checkpoint import check, find
 from qwenvl_app.loading.devices import keeps_fp8
 from qwenvl_app.loading.files import read_json
@@ -40,11 +40,13 @@ def load(
     directory = find(name, say=say)
     log.info("loading the model from %s", directory)
     template = check(directory)
+    config = _config(directory, device)
+    defaults = generation_defaults.load(directory, config)
     auto: Any = AutoModelForImageTextToText  # transformers' annotations don't know the report
     with progress.told(say), _quantisation_told(directory):
         model, report = auto.from_pretrained(
             directory,
-            config=_config(directory, device),
+            config=config,
             dtype=dtype,
             device_map=device,
             max_memory=max_memory,
@@ -62,8 +64,7 @@ def load(
     if missing := sorted(report["missing_keys"]):  # they would be filled with random numbers
         raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
     _tell_offload(getattr(model, "hf_device_map", {}))
-    if model.generation_config.eos_token_id is None:
-        raise ModelLoadError("generation_config.json has no eos_token_id: no answer would ever end")
+    model.generation_config = defaults
     return LoadedModel(model.eval(), *processing.load(directory, model.config, template))
 
 
@@ -90,17 +91,17 @@ def _quantisation_told(directory: Path) -> Iterator[None]:
 
 
 def _config(directory: Path, device: str) -> Any:
-    """config.json, if it has to be changed: quantised weights that no product is there for.
+    """config.json, and in it which weights to load: the same that were checked.
 
-    compressed-tensors would take them apart in the first call of the whole model, which never comes
-    here: its parts are called.
+    Quantised ones that no product is there for are turned back. compressed-tensors would do so in
+    the first call of the whole model, which never comes here: its parts are called.
     """
-    method = _quantised(directory)
-    if method != "compressed-tensors" and (method != "fp8" or keeps_fp8(device)):
-        return None
-    log.warning("%s weights are loaded as they were before they were quantised", method)
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    config.quantization_config["dequantize"] = True
+    config.transformers_weights = weights.first(directory)
+    method = _quantised(directory)
+    if method == "compressed-tensors" or (method == "fp8" and not keeps_fp8(device)):
+        log.warning("%s weights are loaded as they were before they were quantised", method)
+        config.quantization_config["dequantize"] = True
     return config
 
 

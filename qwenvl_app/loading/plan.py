@@ -79,7 +79,7 @@ class Plan:
         pixels = settings.max_image_megapixels * 1e6
         tokens = slots * _tokens(need, settings)
         known = min(self.known, slots * need.picture_tokens * need.kv_token)
-        idle = base + LIBRARIES + need.tokenizers + _weights(need) + need.read - need.unread
+        idle = base + LIBRARIES + need.tokenizer + _weights(need) + need.read - need.unread
         decoding = slots * picture(need, settings)
         encoding = slots * (DECODED * pixels + FLOATS * need.pixels) + need.tower.peak(need.patches)
         answering = (
@@ -126,20 +126,23 @@ def make(
     advice = []
     for slots in range(settings.max_concurrency - 1, 0, -1):
         if _is_good(attempt(settings.model_copy(update={"max_concurrency": slots}))):
-            advice.append(f"MAX_CONCURRENCY={slots}")
+            advice.append(f"QWENVL_MAX_CONCURRENCY={slots}")
             break
     for megapixels in _smaller(settings.max_image_megapixels):
         change = {"max_image_megapixels": megapixels}
         if _is_good(attempt(settings.model_copy(update=change), megapixels)):
-            advice.append(f"MAX_IMAGE_MEGAPIXELS={megapixels:g}")
+            advice.append(f"QWENVL_MAX_IMAGE_MEGAPIXELS={megapixels:g}")
             break
     if settings.kv_cache_mb:
         other = attempt(settings.model_copy(update={"kv_cache_mb": 0}))
         if _is_good(other):
-            advice.append(f"KV_CACHE_MB=0, which makes it {other.kv_cache // MIB} here")
+            advice.append(f"QWENVL_KV_CACHE_MB=0, which makes it {other.kv_cache // MIB} here")
     if plan.problem:
         half = need.dtype == "float32" and not need.quantised
-        advice += ["DTYPE=bfloat16"] * half + ["a quantised or a smaller checkpoint", "more memory"]
+        advice += ["QWENVL_DTYPE=bfloat16"] * half + [
+            "a quantised or a smaller checkpoint",
+            "more memory",
+        ]
     elif not advice:
         return plan
     why = f"{plan.problem or plan.tight}; what would fit: {', or '.join(advice)}"
@@ -176,7 +179,7 @@ def _plan(
     if spare <= 0:
         return replace(plan, problem="the weights do not fit")
     if spare < least + pictures:
-        own = "KV_CACHE_MB does not fit beside the weights"
+        own = "QWENVL_KV_CACHE_MB does not fit beside the weights"
         return replace(plan, problem=own if settings.kv_cache_mb else _NO_ROOM)
     known = min(settings.prefix_cache_mb * MIB, spare - least - pictures)
     room = spare - known - slots * pictures
@@ -193,7 +196,7 @@ def _plan(
     if tokens < _tokens(need, settings):
         if not settings.kv_cache_mb:
             return replace(plan, problem=_NO_ROOM)
-        why = "KV_CACHE_MB is too small for the largest request: it is refused"
+        why = "QWENVL_KV_CACHE_MB is too small for the largest request: it is refused"
         plan = replace(plan, tight=why)
     plan = replace(plan, known=known, room=room, tokens=tokens)
     if len(free) == 1 and not plan.offloaded:
@@ -217,7 +220,7 @@ def _usable(need: Footprint, settings: Settings, free: Sequence[int], *, cpu: bo
     """Of each device, for weights and caches."""
     fixed = settings.max_concurrency * need.state + settings.prefill_chunk * need.chunk_token
     if cpu:
-        fixed += LIBRARIES + need.tokenizers
+        fixed += LIBRARIES + need.tokenizer
         return [size - max(_CPU_MARGIN, int(_CPU_SHARE * size)) - fixed for size in free]
     return [size - _GPU_MARGIN - fixed for size in free]
 
@@ -232,7 +235,7 @@ def _tokens(need: Footprint, settings: Settings) -> int:
 
 
 def _asked(need: Footprint, settings: Settings) -> int:
-    """Tokens that KV_CACHE_MB has room for; 0 if it is not set."""
+    """Tokens that QWENVL_KV_CACHE_MB has room for; 0 if it is not set."""
     states = settings.max_concurrency * need.state
     return max(0, settings.kv_cache_mb * MIB - states) // need.kv_token
 

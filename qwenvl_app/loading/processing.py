@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qwenvl_app.engine.pixels import Patcher
+from qwenvl_app.engine.pixels import Patcher, pixel_limits
 from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.loading.files import image_settings
 from qwenvl_app.prompts import IMAGE_PAD, PromptBuilder
 
 log = logging.getLogger(__name__)
+
+_IMAGE_PROCESSORS = re.compile(r"Qwen\w*VLImageProcessor(Fast|Pil)?")
 
 
 def load(
@@ -23,28 +28,50 @@ def load(
 
     ``config`` is the model's. Raises ModelLoadError, also if they are not of one checkpoint.
     """
-    auto: Any = AutoImageProcessor  # transformers' annotations don't know it
+    processor = image_processor(directory)
     try:
-        processor = auto.from_pretrained(directory, local_files_only=True)
-        control, text = (
-            AutoTokenizer.from_pretrained(directory, local_files_only=True) for _ in range(2)
-        )
-    except Exception:  # whatever their parsers have for what they do not understand
-        log.exception("the processor's files can't be used")
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception:  # whatever its parsers have for what they do not understand
+        log.exception("the tokenizer's files can't be used")
         raise ModelLoadError(
-            "preprocessor_config.json or the tokenizer's files can't be used; copy or download "
-            "all that is not weights again"
+            "the tokenizer's files can't be used, the log has why; copy or download all that is "
+            "not weights again"
         ) from None
-    _check_tokenizer(control, config)
+    _check_tokenizer(tokenizer, config)
     _check_processor(Patcher(processor), config.vision_config)
     try:
-        prompts = PromptBuilder(control, text, template, processor.merge_size)
+        prompts = PromptBuilder(tokenizer, template, processor.merge_size)
     except (ValueError, TemplateError):
         raise ModelLoadError(
             "the chat template does not place one image and behind it the user's text; take the "
             "checkpoint's own"
         ) from None
-    return processor, control, prompts
+    return processor, tokenizer, prompts
+
+
+def image_processor(directory: Path) -> Any:
+    """The one of all families, whatever it was called when the checkpoint was saved.
+
+    ``AutoImageProcessor`` knows today's names alone. Raises ModelLoadError.
+    """
+    kind = image_settings(directory).get("image_processor_type")
+    if kind is not None and not _IMAGE_PROCESSORS.fullmatch(str(kind)):
+        raise ModelLoadError(
+            f"preprocessor_config.json has image_processor_type {kind!r}, which is no Qwen-VL's; "
+            "take the checkpoint's own preprocessor_config.json"
+        )
+    try:
+        processor: Any = Qwen2VLImageProcessorPil.from_pretrained(directory, local_files_only=True)
+    except Exception:  # as above
+        log.exception("the image processor's settings can't be used")
+        raise ModelLoadError(
+            "preprocessor_config.json can't be used, the log has why; take the checkpoint's own"
+        ) from None
+    size = dict(processor.size)
+    if "max_pixels" in size:  # as transformers 4.49 saved it
+        processor.size = {"shortest_edge": size["min_pixels"], "longest_edge": size["max_pixels"]}
+    pixel_limits(processor)
+    return processor
 
 
 def _check_tokenizer(tokenizer: Any, config: Any) -> None:

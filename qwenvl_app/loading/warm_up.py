@@ -23,7 +23,7 @@ def warm_up(engine: Engine) -> None:
     except Unavailable:
         raise ModelLoadError(
             "there is no memory left for even a small picture once the model is loaded; use a "
-            "smaller or a quantised checkpoint, or lower KV_CACHE_MB"
+            "smaller or a quantised checkpoint, or lower QWENVL_KV_CACHE_MB"
         ) from None
     except ServiceError:
         raise ModelLoadError(

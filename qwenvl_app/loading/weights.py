@@ -5,6 +5,7 @@ Only their headers are read, which is quick however large they are.
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading.files import read_json, readable
+
+log = logging.getLogger(__name__)
 
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 # What downloads leave that are under way: ModelScope's, Hugging Face's, browsers', aria2's.
@@ -23,6 +26,8 @@ _UNFINISHED = (
 
 def check(directory: Path, names: list[str]) -> None:
     """Raise ModelLoadError unless the weights are whole; ``names`` are all in ``directory``."""
+    if _WEIGHTS in names and _INDEX in names and _WEIGHTS not in _shards(directory):
+        log.warning("there are two sets of weights: %s is used", first(directory))
     if _WEIGHTS not in names and _INDEX not in names:
         _refuse_other_weights(directory, names)
     for file, expected in weight_files(directory).items():
@@ -42,6 +47,8 @@ def check(directory: Path, names: list[str]) -> None:
                 f"{file} lacks {len(lost)} tensors that {_INDEX} says it has, the first is "
                 f"{lost[0]}: the files are not of one checkpoint; copy or download it again"
             )
+    if first(directory) == _INDEX and "metadata" not in read_json(directory, _INDEX):
+        raise ModelLoadError(f"{_INDEX} has no metadata; copy or download it again")
 
 
 def _refuse_other_weights(directory: Path, names: list[str]) -> None:
@@ -76,8 +83,28 @@ def weight_files(directory: Path) -> dict[str, set[str]]:
 
     The files may be missing. Raises ModelLoadError.
     """
-    if not (directory / _INDEX).exists():
+    if first(directory) == _WEIGHTS:
         return {_WEIGHTS: set()}
+    return _shards(directory)
+
+
+def first(directory: Path) -> str:
+    """The file to load from: an index of shards, or the one file that has all weights.
+
+    Where both are, ``save_pretrained`` was there twice: it leaves an older file beside new shards,
+    and an older index, but none of its shards, beside a new file. Raises ModelLoadError.
+    """
+    if not (directory / _INDEX).exists():
+        return _WEIGHTS
+    if not (directory / _WEIGHTS).exists():
+        return _INDEX
+    shards = _shards(directory)
+    stale = _WEIGHTS not in shards and not any((directory / file).exists() for file in shards)
+    return _WEIGHTS if stale else _INDEX
+
+
+def _shards(directory: Path) -> dict[str, set[str]]:
+    """By file of the index, the tensors that it should have. Raises ModelLoadError."""
     weight_map = read_json(directory, _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelLoadError(f"{_INDEX} has no weight_map; copy or download it again")

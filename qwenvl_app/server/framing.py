@@ -1,18 +1,20 @@
 """Where a request ends: what the worker's loop has to know before it spends a thread on it.
 
-gunicorn's parser stays the judge of what is valid. Of the head it is asked itself, once the head is
-whole; of a chunked body only the frame is followed here. Bytes that it would refuse are handed to
-it at once, so that it says so.
+gunicorn's parser stays the judge of what is valid. Of the head and of a chunked body's trailers it
+is asked itself, once they are whole; of chunks only the sizes are followed here, under its grammar.
+So where a request ends is certain before anybody reads it, and stays so if nobody does: what a
+proxy in front takes for one body can't be two requests here (RFC 9112, sections 7.1 and 11.2).
 """
 
 from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 from gunicorn.config import Config
-from gunicorn.http.body import LengthReader
+from gunicorn.http import errors as http
+from gunicorn.http.body import CHUNK_EXT_RE, LengthReader
 from gunicorn.http.message import Request
 from gunicorn.http.unreader import IterUnreader
 
@@ -21,9 +23,9 @@ _PIECE = 64 * 1024  # bytes that gunicorn's parser gets at a time; it copies the
 # chunks of 4 KB are 5,120.
 _MAX_CHUNKS = 8192
 # What its parser accepts as a first line, or more: a complete line that is otherwise is refused.
-_REQUEST_LINE = re.compile(rb"[^ ]+ [\x21-\x7e]+ HTTP/1\.\d")
+_REQUEST_LINE = re.compile(rb"[^ ]+ [\x21-\x7e]+ HTTP/\d\.\d")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
-_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]+)(?:[ \t]*;.*)?", re.DOTALL)
+_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]+)(?:" + CHUNK_EXT_RE.pattern + rb")")
 
 
 class State(enum.Enum):
@@ -32,27 +34,43 @@ class State(enum.Enum):
     HEAD = enum.auto()  # the head is not whole yet
     BODY = enum.auto()  # the body is not
     WHOLE = enum.auto()
-    REFUSED = enum.auto()  # gunicorn or the application will refuse it, whatever else comes
+    REFUSED = enum.auto()  # by its head: gunicorn or the application says so, whatever else comes
+    MALFORMED = enum.auto()  # a chunked body whose frame is wrong: ``fault`` says how
     TOO_LARGE = enum.auto()  # a chunked body over the limit
 
 
-class Incoming:
-    """One request as it arrives. Used by the loop's thread only.
+class Rules:
+    """What all requests are held to.
 
-    ``max_body`` is in bytes. ``buffer`` holds what has come, and after ``end`` what belongs to the
-    connection's next request.
+    ``max_body`` is in bytes. ``admits`` says of a valid head whether its body is worth waiting for.
     """
 
-    def __init__(self, cfg: Config, max_body: int):
+    def __init__(
+        self, cfg: Config, max_body: int, admits: Callable[[Request], bool] = lambda _: True
+    ):
+        self.cfg, self.max_body, self.admits = cfg, max_body, admits
+        # Its limits as gunicorn understands them: 0 and what is over its own bounds mean others.
+        sample = Request(cfg, IterUnreader([b"GET / HTTP/1.1\r\n\r\n"]), ("", 0))
+        self.max_line: int = sample.limit_request_line
+        self.max_size_line: int = sample.limit_request_field_size
+        self.max_fields: int = sample.max_buffer_headers  # of a head or a trailer section
+        self.max_head = self.max_line + self.max_fields + 4
+
+
+class Incoming:
+    """One request of ``peer``, an address as of ``accept``, as it arrives.
+
+    Used by the loop's thread only. ``buffer`` holds what has come, and after ``end`` what belongs
+    to the connection's next request.
+    """
+
+    def __init__(self, rules: Rules, peer: object = ("", 0)):
         self.buffer = bytearray()
         self.state = State.HEAD
         self.end = 0
         self.request: Request | None = None  # the head, as soon as it is whole and valid
-        self._cfg, self._max_body = cfg, max_body
-        self._max_line = cfg.limit_request_line
-        self._max_trailer = cfg.limit_request_fields * (cfg.limit_request_field_size + 2) + 4
-        self._max_head = self._max_trailer + self._max_line + 4
-        self._max_size_line = cfg.limit_request_field_size
+        self.fault: Exception | None = None
+        self._rules, self._peer = rules, peer
         self._line_is_whole = False  # the request line
         self._scanned = 0  # where looking for the next mark goes on
         self._body = 0  # where the body begins
@@ -62,14 +80,20 @@ class Incoming:
 
     @property
     def has_body(self) -> bool:
-        """Whether there is more than a head to this request."""
-        end = self.end if self.state is State.WHOLE else len(self.buffer)
-        return 0 < self._body < end
+        """Whether there is more than a head to this request, and all of it is here."""
+        return self.state is State.WHOLE and self._body < self.end
 
     @property
     def expects_continue(self) -> bool:
-        """Whether the client waits for 100 before it sends the body."""
-        return bool(getattr(self.request, "_expected_100_continue", False))
+        """Whether the client waits for 100 before it sends the body (RFC 9110, 10.1.1)."""
+        if self.request is None or self.request.version < (1, 1):
+            return False
+        return any(name == "EXPECT" for name, _ in self.request.headers)  # others are refused
+
+    @property
+    def is_head(self) -> bool:
+        """Whether HEAD is asked for, whose answer has no body; told by the first bytes."""
+        return self.buffer[:7].removeprefix(b"\r\n").startswith(b"HEAD ")
 
     def feed(self, data: bytes | bytearray | memoryview) -> State:
         """Take more bytes; says how far the request has come."""
@@ -96,37 +120,48 @@ class Incoming:
             self._line_is_whole = line_end >= 0
             if self._line_is_whole and not _REQUEST_LINE.fullmatch(buffer, start, line_end):
                 return State.REFUSED
-            if not self._line_is_whole and len(buffer) - start - 2 > self._max_line:
+            if not self._line_is_whole and len(buffer) - start - 2 > self._rules.max_line:
                 return State.REFUSED
         head_end = buffer.find(b"\r\n\r\n", max(start, self._scanned - 3))
         if head_end >= 0:
             return self._judge_head(head_end + 4)
-        refused = len(buffer) > self._max_head or _BARE_LF.search(buffer, self._scanned)
+        refused = len(buffer) > self._rules.max_head or _BARE_LF.search(buffer, self._scanned)
         self._scanned = len(buffer)
         return State.REFUSED if refused else State.HEAD
 
     def _judge_head(self, end: int) -> State:
         try:
-            request = Request(self._cfg, IterUnreader([bytes(self.buffer[:end])]), ("", 0))
+            head = IterUnreader([bytes(self.buffer[:end])])
+            request = Request(self._rules.cfg, head, self._peer)
         except Exception:  # whatever it is: the same parser raises it again where it is answered
             return State.REFUSED
         self.request, self._body, self._scanned = request, end, end
         reader = request.body.reader if request.body else None
         if isinstance(reader, LengthReader):  # of length 0 if there is no body; else it is chunked
-            if reader.length > self._max_body:
-                return State.REFUSED
+            if reader.length > self._rules.max_body:
+                return self._refuse()
             self.end = end + reader.length
-        return self._read_body()
+        state = self._read_body()
+        return state if state is State.WHOLE or self._rules.admits(request) else self._refuse()
+
+    def _refuse(self) -> State:
+        """By the head: it is all that the application gets, and all that is kept."""
+        del self.buffer[self._body :]
+        return State.REFUSED
 
     def _read_body(self) -> State:
         if self.end:
             return State.WHOLE if len(self.buffer) >= self.end else State.BODY
         # The frame of a chunked body may not be much larger than what it can carry.
-        if len(self.buffer) - self._body > 2 * self._max_body + self._max_trailer:
+        if len(self.buffer) - self._body > 2 * self._rules.max_body + self._rules.max_fields:
             return State.TOO_LARGE
         state = None
-        while state is None:
-            state = self._read_chunk() if self._trailer is None else self._read_trailer()
+        try:
+            while state is None:
+                state = self._read_chunk() if self._trailer is None else self._read_trailer()
+        except Exception as fault:  # gunicorn's, or one of its kind
+            self.fault = fault
+            return State.MALFORMED
         return state
 
     def _read_chunk(self) -> State | None:
@@ -136,18 +171,20 @@ class Incoming:
             return State.BODY
         if self._chunks:
             if not buffer.startswith(b"\r\n", start):
-                return State.REFUSED
+                raise http.ChunkMissingTerminator(bytes(buffer[start : start + 2]))
             start += 2
         line_end = buffer.find(b"\r\n", start)
+        if (line_end if line_end >= 0 else len(buffer)) - start > self._rules.max_size_line:
+            raise http.InvalidChunkSize(b"a line that is too long")
         if line_end < 0:
-            return State.REFUSED if len(buffer) - start > self._max_size_line else State.BODY
+            return State.BODY
         line = _CHUNK_SIZE.fullmatch(buffer, start, line_end)
         if line is None:
-            return State.REFUSED
+            raise http.InvalidChunkSize(bytes(buffer[start:line_end]))
         size = int(line[1], 16)
         self._chunks += 1
         self._chunked += size
-        if self._chunked > self._max_body or self._chunks > _MAX_CHUNKS:
+        if self._chunked > self._rules.max_body or self._chunks > _MAX_CHUNKS:
             return State.TOO_LARGE
         self._scanned = line_end + 2 + size
         if not size:
@@ -160,12 +197,17 @@ class Incoming:
             self.end = start + 2
             return State.WHOLE
         found = buffer.find(b"\r\n\r\n", max(start, self._scanned - 3))
+        if (found if found >= 0 else len(buffer)) - start > self._rules.max_fields:
+            raise http.LimitRequestHeaders("trailer section")
         if found >= 0:
+            assert self.request is not None  # noqa: S101  # or there would be no body
+            self.request.parse_headers(bytes(buffer[start:found]), from_trailer=True)
             self.end = found + 4
             return State.WHOLE
-        refused = len(buffer) - start > self._max_trailer or _BARE_LF.search(buffer, self._scanned)
+        if _BARE_LF.search(buffer, self._scanned):
+            raise http.InvalidHeader("bare LF in a trailer")
         self._scanned = len(buffer)
-        return State.REFUSED if refused else State.BODY
+        return State.BODY
 
 
 def _pieces(data: bytearray) -> Generator[bytes, None, None]:

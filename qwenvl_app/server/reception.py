@@ -10,18 +10,19 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from gunicorn.config import Config
-from gunicorn.http import RequestParser
-from gunicorn.workers.gthread import TConn
+from gunicorn.http import Request, RequestParser
 
 from qwenvl_app.errors import ServiceError, Unavailable
 from qwenvl_app.server import refusals
-from qwenvl_app.server.framing import Incoming, State
+from qwenvl_app.server.connection import Connection
+from qwenvl_app.server.framing import Incoming, Rules, State
 from qwenvl_app.settings import Settings
+from qwenvl_app.web import proxies
+from qwenvl_app.web.errors import malformed, of_http
 
 # Bytes at a time. Of a body much, since every call may wait for the GIL; of a head less, since what
 # belongs to the requests after it is copied with each of them.
@@ -40,28 +41,12 @@ _LAST_WORDS_S = 2.0  # at the end of a stop, for clients that are connected and 
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class Connection(TConn):  # type: ignore[misc]
-    """A client, and the request that it is sending."""
-
-    def __init__(self, cfg: Config, sock: socket.socket, client: Any, server: Any):
-        super().__init__(cfg, sock, client, server)
-        self.initialized = True  # no handshake, and a new parser for every request
-        self.incoming: Incoming
-        self.buffered = 0  # bytes in there, as the reception has counted them
-        self.arrived = self.since = 0.0  # monotonic: first byte of the request; in this state since
-        self.deadline = 0.0
-        self.whole = False  # the request that a thread has: it is all there
-        self.has_body = False  # and not only a head
-        self.pieces: Generator[bytes, None, None]  # of the request that a thread has
-        self.kept = False  # it has had an answer already
-        self.lingering: int | None = None  # bytes still to be thrown away; None: not closing yet
-
-
 class Reception:
     """All connections.
 
     ``serve`` is called with each that has a request for a thread, ``refused`` with each error that
-    is answered here.
+    is answered here. ``admits`` says of a head whether its body is worth waiting for; if not, the
+    application gets the head alone, to say so.
     """
 
     def __init__(
@@ -71,6 +56,7 @@ class Reception:
         poller: selectors.BaseSelector,
         serve: Callable[[Connection], None],
         refused: Callable[[ServiceError], None],
+        admits: Callable[[Request], bool],
     ):
         self.cfg, self.settings, self.poller, self.serve = cfg, settings, poller, serve
         self._refused = refused
@@ -78,7 +64,7 @@ class Reception:
         self.stopping = False
         self._reading: set[Connection] = set()  # with the poller: idle, unfinished or lingering
         self._scratch = memoryview(bytearray(_RECEIVE))
-        self._max_body = settings.max_upload_mb * 2**20
+        self._rules = Rules(cfg, settings.max_upload_mb * 2**20, admits)
         self._buffered = 0  # bytes of all requests that no thread has taken
         # One upload of the largest kind fits in any case.
         self._max_buffered = max(settings.upload_buffer_mb, 2 * settings.max_upload_mb) * 2**20
@@ -155,6 +141,7 @@ class Reception:
         """Give the request to gunicorn's parser, for a thread. What follows it stays."""
         incoming = conn.incoming
         conn.whole, conn.has_body = incoming.state is State.WHOLE, incoming.has_body
+        conn.is_head = incoming.is_head
         conn.pieces, rest = incoming.take()
         conn.parser = RequestParser(self.cfg, conn.pieces, conn.client)
         self._renew(conn)
@@ -175,9 +162,18 @@ class Reception:
         self._answer(conn, error, why)
         self.linger(conn)
 
-    def _answer(self, conn: Connection, error: ServiceError, why: str) -> None:
-        refusals.send(conn.sock, error, conn.incoming.request, why)
+    def answer(
+        self, conn: Connection, error: ServiceError, request: Request | None, why: str
+    ) -> None:
+        """Answer the request that a thread has, on that thread. The caller closes."""
+        hops = self.settings.trusted_hops
+        client = proxies.client(conn.client, request.headers if request else (), hops)
+        refusals.send(conn.sock, error, request, refusals.Notes(why, client, conn.is_head))
         self._refused(error)
+
+    def _answer(self, conn: Connection, error: ServiceError, why: str) -> None:
+        conn.is_head = conn.incoming.is_head
+        self.answer(conn, error, conn.incoming.request, why)
 
     def linger(self, conn: Connection) -> None:
         """Close when the client has, or soon."""
@@ -213,7 +209,7 @@ class Reception:
             self.poller.unregister(conn.sock)
 
     def _renew(self, conn: Connection) -> None:
-        conn.incoming = Incoming(self.cfg, self._max_body)
+        conn.incoming = Incoming(self._rules, conn.client)
         self._count(conn)
 
     def _count(self, conn: Connection) -> None:
@@ -237,18 +233,34 @@ class Reception:
                 self.close(conn)
         elif not count:  # it has hung up, or at least will send no more
             if conn.buffered:
-                self.refuse(conn, refusals.malformed(), "ended too early")
+                self.refuse(conn, malformed(), "ended too early")
             else:
                 self.close(conn)
-        elif self._buffered + count > self._max_buffered:
-            self.refuse(conn, refusals.crowded(), "too many bytes of unfinished uploads")
         else:
             if not conn.buffered:
                 self._begin(conn)
-            before = conn.incoming.state
-            conn.incoming.feed(self._scratch[:count])
-            self._count(conn)
-            self._advance(conn, before)
+            if self._make_way(conn, count):
+                before = conn.incoming.state
+                conn.incoming.feed(self._scratch[:count])
+                self._count(conn)
+                self._advance(conn, before)
+
+    def _make_way(self, conn: Connection, count: int) -> bool:
+        """Have room for ``count`` bytes more of ``conn``: what is unfinished gives way to others.
+
+        The first to go holds most for longest, by bytes times seconds: a client that fills the room
+        and dawdles, not the one that has just begun, nor a large upload that is quick. False if
+        that is ``conn``.
+        """
+        now = time.monotonic()
+        while self._buffered + count > self._max_buffered:
+            heaviest = max(self._reading, key=lambda c: c.buffered * (now - c.arrived))
+            if not heaviest.buffered:  # all that is held is whole, and waits for threads
+                heaviest = conn
+            self.refuse(heaviest, refusals.crowded(), "too many bytes of unfinished uploads")
+            if heaviest is conn:
+                return False
+        return True
 
     def _begin(self, conn: Connection) -> None:
         """The request's first byte is here."""
@@ -260,7 +272,10 @@ class Reception:
         """Do what the request's state asks for."""
         state = conn.incoming.state
         if state is State.TOO_LARGE:
-            self.refuse(conn, refusals.too_large(self._max_body), "a chunked body is too large")
+            error = refusals.too_large(self._rules.max_body)
+            self.refuse(conn, error, "a chunked body is too large")
+        elif state is State.MALFORMED and (fault := conn.incoming.fault):
+            self.refuse(conn, of_http(fault), type(fault).__name__)
         elif state is State.BODY and self.stopping:
             self.refuse(conn, Unavailable.stopping(), "stopping")
         elif state is State.BODY and before is State.HEAD:
@@ -279,6 +294,6 @@ class Reception:
                 self._begin_answer(conn)
 
     def _begin_answer(self, conn: Connection, _sock: object = None) -> None:
-        if conn in self._reading:
+        if conn in self._reading and conn.lingering is None:  # else refused since the poller saw it
             self._unwatch(conn)
             self.serve(conn)

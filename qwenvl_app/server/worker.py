@@ -12,21 +12,26 @@ import os
 import resource
 import selectors
 import socket
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from gunicorn.config import Config
 from gunicorn.http import Request
 from gunicorn.http.errors import InvalidHeader
 from gunicorn.workers.gthread import ThreadWorker
 
 from qwenvl_app.errors import ServiceError
-from qwenvl_app.server import listeners, refusals
-from qwenvl_app.server.reception import Connection, Reception
+from qwenvl_app.server import listeners, options
+from qwenvl_app.server.connection import Connection
+from qwenvl_app.server.hooks import hook
+from qwenvl_app.server.reception import Reception
 from qwenvl_app.settings import load_settings
+from qwenvl_app.web.errors import of_http
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -55,6 +60,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         if self.cfg.is_ssl:
             self.__class__ = ThreadWorker
 
+    @classmethod
+    def check_config(cls, cfg: Config, log: Any) -> None:
+        """End the start of a gunicorn whose options don't work here, with one sentence."""
+        if cfg.is_ssl:
+            ThreadWorker.check_config(cfg, log)
+        elif fault := options.fault(cfg):
+            log.critical("%s", fault)
+            sys.exit(os.EX_CONFIG)
+
     def get_thread_pool(self) -> ThreadPoolExecutor:
         """The pool, with all its threads: one that can't be had is told now, not in a request."""
         pool: ThreadPoolExecutor = super().get_thread_pool()
@@ -82,29 +96,27 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def handle_request(self, req: Request, conn: Connection) -> bool:
         """Answer; whether the connection can be used again."""
-        if req.version >= (1, 1) and not any(name == "HOST" for name, _ in req.headers):
+        if _lacks_host(req):
             raise InvalidHeader("HOST", req=req)
         req._expected_100_continue = False  # the loop has answered that
         if not conn.whole:
             req.force_close()
         try:
-            return bool(super().handle_request(req, conn))
+            return bool(super().handle_request(req, conn)) and not req.body.failed
         except BlockingIOError:  # SO_SNDTIMEO
             self.log.info("a client did not read its answer")
             return False
-
-    def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
-        # What was not read of the body is in memory only; but if its frame was wrong, where the
-        # next request begins is unknown.
-        return keepalive and conn.whole and not conn.parser.mesg.body.failed
+        finally:
+            # gunicorn would read what nobody has of this request's body, or close if it is long;
+            # but it is not in the way of the next request: it is in memory, and its end is known.
+            conn.parser.mesg = None
 
     def handle_error(
         self, req: Request | None, client: socket.socket, addr: object, exc: BaseException
     ) -> None:
         """Answer a request that the application does not."""
-        error = refusals.of(exc)
-        refusals.send(client, error, req, type(exc).__name__)
-        self._count(error)
+        conn = self.reception.connections[client]
+        self.reception.answer(conn, of_http(exc), req, type(exc).__name__)
 
     def handle_quit(self, sig: int, frame: object) -> None:
         """SIGINT and SIGQUIT: end at once, whatever the threads are doing."""
@@ -113,7 +125,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def run(self) -> None:
         """Serve until told to stop; then answer everybody, and return."""
         _allow_files(self.worker_connections + _OTHER_FILES)
-        self.reception = Reception(self.cfg, load_settings(), self.poller, self._serve, self._count)
+        self.reception = Reception(
+            self.cfg, load_settings(), self.poller, self._serve, self._count, self._admits
+        )
         queue = self.method_queue
         self.poller.register(queue.fileno(), selectors.EVENT_READ, queue.run_callbacks)
         while self.alive and self.is_parent_alive():
@@ -126,15 +140,16 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.poller.close()
         queue.close()
 
-    def _hook(self, name: str) -> Callable[..., None] | None:
-        """What the application offers; any other WSGI application offers nothing."""
-        hooks = getattr(self.app.callable, "extensions", {}).get("qwenvl", {})
-        hook: Callable[..., None] | None = hooks.get(name)
-        return hook
-
     def _count(self, error: ServiceError) -> None:
-        if refused := self._hook("refused"):
+        if refused := hook(self.app.callable, "refused"):
             refused(error.status, error.reason)
+
+    def _admits(self, req: Request) -> bool:
+        """Whether to wait for a request's body. Not without a key, wherever it is sent."""
+        has_key = hook(self.app.callable, "has_key")
+        # As gunicorn tells it the application.
+        sent = ",".join(value for name, value in req.headers if name == "AUTHORIZATION")
+        return not _lacks_host(req) and (has_key is None or bool(has_key(sent)))
 
     def accept(self, listener: socket.socket) -> None:
         """Take new connections."""
@@ -189,7 +204,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Answer what came before; what comes meanwhile the application refuses with 503."""
         alone = listeners.owned_alone(self.sockets, self.ppid)
         self._open = alone  # else another worker is there to accept
-        if drain := self._hook("drain"):
+        if drain := hook(self.app.callable, "drain"):
             drain()
         self.reception.begin_stop()
         before = {*self._busy, *self._queue}
@@ -204,6 +219,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.reception.last_orders()
         while self.reception.connections and time.monotonic() < end:
             self._turn()
+
+
+def _lacks_host(req: Request) -> bool:
+    """RFC 9112, section 3.2: such a request of HTTP/1.1 is to be answered with 400."""
+    return req.version >= (1, 1) and not any(name == "HOST" for name, _ in req.headers)
 
 
 def _allow_files(wanted: int) -> None:

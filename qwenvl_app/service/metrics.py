@@ -19,12 +19,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from qwenvl_app.generation import (
-    BackendStats,
-    FinishReason,
-    Phase,
-    Status,
-)
+from qwenvl_app.generation import BackendStats, FinishReason, Phase, Status
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.version import VERSION

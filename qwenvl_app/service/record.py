@@ -7,12 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from qwenvl_app.generation import (
-    Delta,
-    FinishReason,
-    Timings,
-    Usage,
-)
+from qwenvl_app.generation import Delta, FinishReason, Timings, Usage
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flask import Flask, request
 from pydantic import SecretStr
@@ -14,22 +14,34 @@ from qwenvl_app.errors import Unauthorized
 OPEN = frozenset(("/livez", "/readyz", "/health", "/metrics"))
 
 
-def register(app: Flask, keys: Sequence[SecretStr]) -> None:
-    """Ask every request but those for ``OPEN`` for one of ``keys``, before its body is read.
+Judge = Callable[[str], bool]
 
-    No keys: everyone may ask.
+
+def judge(keys: Sequence[SecretStr]) -> Judge:
+    """Whether a request with this ``Authorization``, "" for none, has one of ``keys``.
+
+    No keys: everyone has.
     """
     known = [key.get_secret_value().encode() for key in keys]
 
-    def check() -> None:
-        if request.path in OPEN:
-            return
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    def has_key(authorization: str) -> bool:
+        scheme, _, token = authorization.partition(" ")
         sent = token.strip().encode("latin-1", "replace")  # the bytes that WSGI made a string of
         # All of them, so that the time taken does not tell which one was near.
         matches = [hmac.compare_digest(sent, key) for key in known]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise Unauthorized
+        return not known or (scheme.lower() == "bearer" and any(matches))
 
-    if known:
-        app.before_request(check)
+    return has_key
+
+
+def register(app: Flask, has_key: Judge) -> None:
+    """Ask every request but those for ``OPEN`` for a key, before its body is read.
+
+    The worker, if it is ours, asks the same judge as soon as the head is there, so that it waits
+    for no body without a key, wherever it is sent (``worker.py``).
+    """
+
+    @app.before_request
+    def check() -> None:
+        if request.path not in OPEN and not has_key(request.headers.get("Authorization", "")):
+            raise Unauthorized

@@ -1,15 +1,17 @@
-"""Every error to JSON, in one place."""
+"""Every error to JSON, in one place: the routes' and those that the server itself answers."""
 
 from __future__ import annotations
 
+import json
 import logging
 
-import gunicorn.http.errors as framing
-from flask import Flask, Response, current_app, g, jsonify
+from flask import Flask, Response, current_app, g
+from gunicorn.http import errors as http
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from qwenvl_app.errors import (
     INTERNAL_PREFIX,
+    BadRequest,
     InternalError,
     ServiceError,
     TooLarge,
@@ -17,32 +19,75 @@ from qwenvl_app.errors import (
     Unavailable,
     is_out_of_memory,
 )
-from qwenvl_app.server import refusals
 from qwenvl_app.web import accounts
 
 log = logging.getLogger(__name__)
+
+
+# What gunicorn's parser raises; of the others that it calls a ParseException, ``malformed`` tells.
+_KINDS = {
+    http.LimitRequestLine: (414, "请求的网址过长。"),
+    http.LimitRequestHeaders: (431, "请求的首部过多或过长。"),
+    http.ExpectationFailed: (417, "不支持请求首部 Expect 的内容。"),
+    http.UnsupportedTransferCoding: (501, "不支持请求的传输编码。"),
+}
+
+
+class HttpError(ServiceError):
+    """A status that only HTTP itself has."""
+
+    reason = "bad_request"
+
+    def __init__(self, status: int, detail: str):
+        super().__init__(detail)
+        self.status = status
+
+
+def render(error: ServiceError, request_id: str) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the answer to ``error``. Any thread, in or out of a request."""
+    detail = error.detail
+    if isinstance(error, InternalError):
+        detail = f"{INTERNAL_PREFIX}{detail}（请求编号 {request_id}）"
+    headers = {"Content-Type": "application/json"}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    body = json.dumps({"detail": detail}, ensure_ascii=False, separators=(",", ":")).encode()
+    return error.status, headers, body
+
+
+def malformed() -> ServiceError:
+    """What is no HTTP, or not all of it."""
+    return BadRequest("请求不符合 HTTP 协议，无法解析。")
+
+
+def of_http(error: BaseException) -> ServiceError:
+    """What the client is told about an error that gunicorn reports; logged if it is our fault."""
+    if isinstance(error, http.InvalidHTTPVersion) and isinstance(error.version, tuple):
+        return HttpError(505, "不支持请求的 HTTP 版本。")  # and no other text in its place
+    if type(error) in _KINDS:
+        return HttpError(*_KINDS[type(error)])
+    ours = (http.InvalidResponseHeader, http.InvalidResponseHeaderName)
+    if isinstance(error, http.ParseException | http.NoMoreData) and not isinstance(error, ours):
+        return malformed()
+    log.error("unexpected error", exc_info=error)
+    return InternalError("处理请求时发生意外错误，请稍后重试。")
 
 
 def register(app: Flask) -> None:
     """Install the handlers."""
     app.register_error_handler(ServiceError, _service_error)
     app.register_error_handler(HTTPException, _http_error)
-    app.register_error_handler(framing.ParseException, _broken_body)
-    app.register_error_handler(framing.NoMoreData, _broken_body)
+    app.register_error_handler(http.ParseException, _broken_body)
+    app.register_error_handler(http.NoMoreData, _broken_body)
     app.register_error_handler(Exception, _unexpected)
 
 
 def _service_error(error: ServiceError) -> Response:
-    detail, accounts.current().reason = error.detail, error.reason
-    if isinstance(error, InternalError):
-        detail = f"{INTERNAL_PREFIX}{detail}（请求编号 {g.request_id}）"
-    response = jsonify(detail=detail)
-    response.status_code = error.status
-    if error.retry_after is not None:
-        response.headers["Retry-After"] = str(error.retry_after)
-    if isinstance(error, Unauthorized):
-        response.headers["WWW-Authenticate"] = "Bearer"
-    return response
+    accounts.current().reason = error.reason
+    status, headers, body = render(error, g.request_id)
+    return Response(body, status, headers)
 
 
 def _http_error(error: HTTPException) -> Response:
@@ -51,8 +96,8 @@ def _http_error(error: HTTPException) -> Response:
         limit = current_app.config["MAX_CONTENT_LENGTH"] // 2**20
         return _service_error(TooLarge(f"上传的内容超过 {limit} MB 的限制。"))
     accounts.current().reason = error.name.lower().replace(" ", "_")
-    response = jsonify(detail=error.name)
-    response.status_code = error.code or 500
+    body = json.dumps({"detail": error.name}, separators=(",", ":"))
+    response = Response(body, error.code or 500, mimetype="application/json")
     for name, value in error.get_headers():
         if name.lower() != "content-type":
             response.headers[name] = value
@@ -61,7 +106,7 @@ def _http_error(error: HTTPException) -> Response:
 
 def _broken_body(error: Exception) -> Response:
     """A chunked body whose frame is wrong: gunicorn says so only while it is read."""
-    return _service_error(refusals.of(error))
+    return _service_error(of_http(error))
 
 
 def _unexpected(error: Exception) -> Response:

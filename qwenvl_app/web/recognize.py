@@ -8,12 +8,7 @@ from flask import Blueprint, Response, g, jsonify, request
 from werkzeug.exceptions import ClientDisconnected
 
 from qwenvl_app.backends import Backend, require_ready
-from qwenvl_app.errors import (
-    BadRequest,
-    ClientGone,
-    InternalError,
-    TooLarge,
-)
+from qwenvl_app.errors import BadRequest, ClientGone, InternalError, TooLarge
 from qwenvl_app.generation import GenerationRequest, SamplingParams, Status
 from qwenvl_app.images.decode import decode_image
 from qwenvl_app.service.admission import Admission
@@ -80,7 +75,7 @@ def _read(settings: Settings, caller: Caller) -> RecognizeForm:
     """The form, within all limits that can be checked without work."""
     caller.check()
     try:
-        fields = read_form(request)
+        fields = read_form(request, RecognizeForm.model_fields)
     except ClientDisconnected:
         raise ClientGone from None
     caller.check()

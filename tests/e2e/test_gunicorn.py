@@ -19,7 +19,7 @@ from demo.evaluate import Case as Question
 from demo.evaluate import ask, chinese_cases, package_cases
 from qwenvl_app.loading.checkpoint import DEMO
 from tests.contract import FROM_SOURCE, RECORDED, Case
-from tests.e2e.server import ROOT, Server
+from tests.e2e.server import FAKE, ROOT, Server
 from tests.waiting import until
 from tests.wire import END, GOOD, MULTIPART, PROMPT, ROUTE, encode, part, picture, post, send
 
@@ -210,6 +210,46 @@ def test_a_wrong_setting_stops_the_start_with_one_line(tmp_path: Path):
     assert server.log.read_text().splitlines() == [
         "qwenvl: unknown setting 'max_concurency' (environment); did you mean 'max_concurrency'?"
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--limit-request-line", "0"), "a request line has to have a limit, from 1 to 8190"),
+        (
+            ("--proxy-protocol", "v1"),
+            "let the proxy in front send X-Forwarded-For, and set trusted_hops",
+        ),
+        (("--protocol", "uwsgi"), "let the proxy in front speak HTTP/1.1 to this service"),
+    ],
+)
+def test_options_that_break_the_framing_stop_the_start(tmp_path: Path, options, sentence: str):
+    server = Server(tmp_path / "log", FAKE, options)
+    try:
+        assert server.process.wait(30) == os.EX_CONFIG
+    finally:
+        server.stop()
+    lines = server.log.read_text().splitlines()
+    name = options[0].removeprefix("--").replace("-", "_")
+    assert f"gunicorn's option {name} = " in lines[-1]
+    assert lines[-1].endswith(sentence)
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("options", [(), ("--worker-class", "gthread", "--threads", "1")])
+@pytest.mark.parametrize("name", ["plain", "flask"])
+def test_the_configuration_serves_other_applications(tmp_path: Path, name: str, options):
+    """docs/first-day.md has one: the model without the engine."""
+    server = Server(tmp_path / "log", f"tests.e2e.other_apps:{name}", options)
+    try:
+        until(lambda: "Booting worker" in server.log.read_text(), 30)
+        for method, body in (("GET", b""), ("POST", GOOD)):
+            assert send(server.port, method, "/", body).body == name.encode()
+        assert send(server.port, "GET", "nonsense").status == 400
+    finally:
+        assert server.stop() == 0
+    assert "Traceback" not in server.log.read_text()
+    assert " ERROR " not in server.log.read_text()
 
 
 def test_a_killed_worker_comes_back(tmp_path: Path):

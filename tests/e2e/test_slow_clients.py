@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.e2e.server import FAKE, Server
-from tests.framing import form, get, length
+from tests.framing import CHUNKED, form, get, length
 from tests.waiting import until
 from tests.wire import GOOD, exchange, post, receive, send
 
@@ -148,14 +148,22 @@ def test_unfinished_uploads_have_a_bound_together(tmp_path: Path):
     with Server(tmp_path / "log", FAKE, **limits) as server:
         server.wait()
         with contextlib.ExitStack() as stack:
-            for _ in range(3):
-                connection = stack.enter_context(connect(server.port))
-                connection.sendall(form(length(2**21), body=bytes(2**21 - 2**18)))
+            uploads, size = [], 2**21 - 1
+            for sent in (2**17, 7 * 2**18, 7 * 2**18, 7 * 2**18):
+                uploads.append((stack.enter_context(connect(server.port)), size - sent))
+                uploads[-1][0].sendall(form(length(size), body=bytes(sent)))
                 time.sleep(0.3)
-            answer = receive(connection)
+            # The second had to give way for the fourth: of those that are as large it is the
+            # oldest, and the first, older still, holds little.
+            answer = receive(uploads.pop(1)[0])
             assert answer is not None
             assert answer.status == 503
             assert answer.headers["retry-after"]
+            for connection, missing in reversed(uploads):
+                connection.sendall(bytes(missing))
+                answer = receive(connection)
+                assert answer is not None
+                assert answer.status == 400
         assert post(server.port, GOOD).status == 200  # and what they held is free again
         with connect(server.port) as connection:
             connection.sendall(form(length(2**21 - 1), body=bytes(2**21 - 1)))
@@ -197,6 +205,10 @@ def test_bodies_that_nobody_read_are_let_go(tmp_path: Path):
                 answer = receive(connection)
                 assert answer is not None
                 assert answer.status == 405
+                connection.sendall(get())  # nor were they in the way of the next request
+                answer = receive(connection)
+                assert answer is not None
+                assert answer.status == 200
             time.sleep(0.5)
             assert int(status.read_text().split()[1]) * 4096 - before < 4 * len(body)
 
@@ -250,3 +262,32 @@ def test_what_the_loop_refuses_is_counted_and_logged(tmp_path: Path):
         assert f'qwenvl_http_requests_total{{route="unread",status="{status}"}} 1.0' in samples
     assert 'qwenvl_request_rejected_total{reason="bad_request"} 2.0' in samples
     assert "refused: too slow client=127.0.0.1 status=408" in server.log.read_text()
+
+
+def test_the_client_of_a_refusal_is_who_asked_the_proxies(tmp_path: Path):
+    """As in the line of an answer; but a head that can't be read says nothing that is believed."""
+    limits = {"QWENVL_TRUSTED_HOPS": "1", "QWENVL_BODY_TIMEOUT_S": "0.5"}
+    server = Server(tmp_path / "log", FAKE, **limits)
+    proxied = (b"X-Forwarded-For: 6.6.6.6", b"X-Forwarded-For: 1.2.3.4")
+    cases = {
+        "too-slow": (form(length(9), *proxied, b"X-Request-ID: too-slow", body=b"x"), 408),
+        "chunk": (form(CHUNKED, *proxied, b"X-Request-ID: chunk", body=b"zz\r\n"), 400),
+        "no-host": (get(*proxied, b"X-Request-ID: no-host", host=b""), 400),
+        "answered": (get(*proxied, b"X-Request-ID: answered"), 200),
+        "unreadable": (get(*proxied, b"A : b"), 400),
+    }
+    try:
+        server.wait()
+        for sent, status in cases.values():
+            with connect(server.port) as connection:
+                connection.sendall(sent)
+                answer = receive(connection)
+                assert answer is not None
+                assert answer.status == status
+    finally:
+        server.stop()
+    lines = server.log.read_text().splitlines()
+    for name in cases:
+        told = [line for line in lines if name in line or "InvalidHeaderName" in line]
+        client = "127.0.0.1" if name == "unreadable" else "1.2.3.4"
+        assert any(f"client={client} " in line for line in told), (name, told)

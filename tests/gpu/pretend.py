@@ -240,8 +240,10 @@ class Gpus(TorchDispatchMode):
     def limit(self, room: int) -> Iterator[None]:
         """Within the block, so many bytes are left."""
         before, self.total = self.total, self.allocated + room
-        yield
-        self.total = before
+        try:
+            yield
+        finally:
+            self.total = before
 
     @contextmanager
     def here(self) -> Iterator[None]:

@@ -55,15 +55,20 @@ def test_every_token_in_float32(exact, attention, tell: Tell):
 class Forced:
     """In a Sampler's place: says what it is told, and keeps the logits it would have drawn from."""
 
-    is_argmax = False
+    rng = None
 
     def __init__(self, tokens: list[int]):
         self._tokens = iter(tokens)
         self.logits: list[torch.Tensor] = []
 
-    def sample(self, logits: torch.Tensor) -> int:
-        self.logits.append(logits.float())
-        return next(self._tokens)
+    def process(self, scores: torch.Tensor) -> torch.Tensor:
+        self.logits.append(scores[0])
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, next(self._tokens)] = 0
+        return forced
+
+    def append(self, token: int) -> None:
+        pass
 
 
 def truth(exact: LoadedModel, asked: GenerationRequest, tokens: list[int]) -> torch.Tensor:
