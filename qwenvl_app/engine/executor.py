@@ -170,7 +170,8 @@ class Executor:
         outcomes: list[Outcome] = []
         for sequence, is_ready, token in zip(sequences, ready, tokens, strict=True):
             if isinstance(token, Exception):
-                log.error("no token (request %s)", sequence.request_id, exc_info=token)
+                raised = token if token.__traceback__ else None
+                log.error("%s (request %s)", token, sequence.request_id, exc_info=raised)
                 self.cache.clear(rows.index(sequence))
                 outcomes.append((sequence, InternalError(FAILED)))
             elif is_ready:
