@@ -90,7 +90,9 @@ def test_the_development_server_serves_the_application(tmp_path: Path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "flask", "--app", "wsgi", "run", "--port", str(port)]
+    # A job in the background inherits that Ctrl-C is ignored.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "flask", "--app", "wsgi"]
+    command += ["run", "--port", str(port)]
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     try:

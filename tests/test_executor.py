@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from qwenvl_app.engine import engine as engines
 from qwenvl_app.engine.engine import Engine, EngineOptions
@@ -125,9 +126,7 @@ class Harness:
             boundary=tokens if key and self.model.layout.states else 0,
         )
         sampling = request(IMAGE, seed=1, max_new_tokens=limit)
-        sampler = Sampler(
-            SamplingParams(), SimpleNamespace(**CONFIG), inputs.ids, self.model.device
-        )
+        sampler = Sampler(SamplingParams(), GenerationConfig(), inputs.ids, self.model.device)
         prefix = self.engine.prefixes.get(key) if key else None
         sequence = Sequence(sampling, inputs, sampler, limit, None, 0.0, prefix)
         self.engine._scheduler.waiting.append(sequence)
@@ -157,11 +156,6 @@ class Harness:
         assert not engine._failures
 
 
-CONFIG = dict.fromkeys(
-    ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-)
-
-
 @contextmanager
 def harness(monkeypatch, kind: str, tokens: int, slots: int, prefix: int = 0) -> Iterator[Harness]:
     layout = RECURRENT if kind == "recurrent" else PLAIN
@@ -174,7 +168,7 @@ def harness(monkeypatch, kind: str, tokens: int, slots: int, prefix: int = 0) ->
         patch_bytes=(TOWER, FEATURES),
         compiled=kind == "roomy",
     )
-    config = SimpleNamespace(eos_token_id=[], **CONFIG)
+    config = GenerationConfig(eos_token_id=[])
     loaded = SimpleNamespace(
         model=SimpleNamespace(generation_config=config),
         image_processor=SimpleNamespace(to_dict=dict),

@@ -178,7 +178,7 @@ def test_it_listens_while_it_loads_and_stops_when_told(tmp_path: Path):
 )
 def test_a_broken_model_directory(tmp_path: Path, damage: str):
     directory = tmp_path / "secret-place"
-    message = "the directory that MODEL names does not exist"
+    message = "the directory that QWENVL_MODEL names does not exist"
     if damage != "missing":
         shutil.copytree(DEMO, directory)
         file = directory / "model.safetensors"
