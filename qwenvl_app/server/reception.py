@@ -168,8 +168,8 @@ class Reception:
         """Answer the request that a thread has, on that thread. The caller closes."""
         hops = self.settings.trusted_hops
         client = proxies.client(conn.client, request.headers if request else (), hops)
+        self._refused(error)  # before it is sent, so that who has the answer finds it counted
         refusals.send(conn.sock, error, request, refusals.Notes(why, client, conn.is_head))
-        self._refused(error)
 
     def _answer(self, conn: Connection, error: ServiceError, why: str) -> None:
         conn.is_head = conn.incoming.is_head

@@ -36,6 +36,7 @@ _KINDS = {
 class HttpError(ServiceError):
     """A status that only HTTP itself has."""
 
+    status = 400
     reason = "bad_request"
 
     def __init__(self, status: int, detail: str):

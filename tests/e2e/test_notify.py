@@ -48,14 +48,12 @@ def test_ready_is_told_by_the_worker_once_the_model_answers(tmp_path: Path):
 
 
 def test_another_application_is_ready_once_it_is_loaded(tmp_path: Path):
-    systemd = Systemd(tmp_path)
-    server = Server(tmp_path / "log", "tests.e2e.other_apps:plain", NOTIFY_SOCKET=systemd.path)
-    try:
+    with (
+        Systemd(tmp_path) as systemd,
+        Server(tmp_path / "log", "tests.e2e.other_apps:plain", NOTIFY_SOCKET=systemd.path),
+    ):
         systemd.until("READY=1")
         assert systemd.told == ["READY=1"]
-    finally:
-        server.stop()
-        systemd.close()
 
 
 def test_a_model_that_cannot_be_loaded_triggers_the_watchdog(tmp_path: Path):
