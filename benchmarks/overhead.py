@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from demo.evaluate import Case, ask, package_cases
 from qwenvl_app.engine.model import LoadedModel
-from qwenvl_app.generation import GenerationRequest
+from qwenvl_app.generation import GenerationRequest, question
 from qwenvl_app.loading.load import load
 from tests.e2e.server import Server
 from tests.engines import inputs_of
@@ -33,7 +33,7 @@ from tests.engines import inputs_of
 def prepare(loaded: LoadedModel, case: Case) -> dict[str, torch.Tensor]:
     """The inputs of ``generate`` from a file and a prompt."""
     image = Image.open(io.BytesIO(case.image)).convert("RGB")
-    return inputs_of(loaded, GenerationRequest(image, case.prompt, ""))
+    return inputs_of(loaded, GenerationRequest(question(image, case.prompt), ""))
 
 
 def generate(loaded: LoadedModel, inputs: dict[str, torch.Tensor]) -> str:

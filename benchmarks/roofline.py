@@ -21,7 +21,7 @@ from PIL import Image
 from benchmarks.checkpoints import write_checkpoint
 from qwenvl_app.engine import cpu
 from qwenvl_app.engine.engine import Engine, EngineOptions
-from qwenvl_app.generation import GenerationRequest, SamplingParams
+from qwenvl_app.generation import GenerationRequest, SamplingParams, question
 from qwenvl_app.loading.load import load
 
 
@@ -56,7 +56,7 @@ def decode(engine: Engine, clients: int, tokens: int, rounds: int) -> tuple[floa
     seconds, prompt = [], 0
     for number in range(rounds + 1):
         picture = Image.effect_noise((448, 448), 10 + number).convert("RGB")
-        request = GenerationRequest(picture, "描述一下这张图片。", "", sampling)
+        request = GenerationRequest(question(picture, "描述一下这张图片。"), "", sampling)
         sequences = [engine.submit(request) for _ in range(clients)]
         last = [list(sequence)[-1] for sequence in sequences]
         # From the last one's first token on, all of them are in every step.

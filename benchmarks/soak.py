@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from qwenvl_app.engine.engine import Engine, EngineOptions
-from qwenvl_app.generation import GenerationRequest, SamplingParams
+from qwenvl_app.generation import GenerationRequest, SamplingParams, question
 from qwenvl_app.loading.load import load
 
 
@@ -49,7 +49,9 @@ def main() -> None:
             image = Image.fromarray(grain.reshape(size[1], size[0], 3))
             sampling = SamplingParams(max_new_tokens=rng.randint(1, 4))
             running.append(
-                engine.submit(GenerationRequest(image, "x" * rng.randint(1, 40), "", sampling))
+                engine.submit(
+                    GenerationRequest(question(image, "x" * rng.randint(1, 40)), "", sampling)
+                )
             )
         for sequence in running:
             list(sequence)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,19 +69,72 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A function that the model asks for. ``arguments`` is a JSON text, as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation: texts and pictures (RGB) in their order.
+
+    ``reasoning`` and ``tool_calls`` are an assistant's; the text of a ``tool`` message is a result.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: tuple[str | Image, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+def question(image: Image, prompt: str) -> tuple[Message, ...]:
+    """The conversation of one picture and one prompt about it."""
+    return (Message("user", (image, prompt)),)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the answer's text, after any reasoning, has to be.
+
+    ``json``: a JSON value that ``schema`` admits ({} admits all, {"type": "object"} any object).
+    ``tools``: one or more calls of ``tools`` in the template's own form, and nothing else.
+    """
+
+    kind: Literal["json", "tools"]
+    schema: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
-    """One picture (RGB) and one prompt, to be answered.
+    """A conversation, whose next message is wanted.
 
     ``stream``: whether deltas are wanted as they come; else the text may come in one piece.
     ``deadline``: a point of ``time.monotonic()`` after which nobody wants the answer.
+    ``tools``: functions as the chat template takes them; ``template_options`` go to it too.
+    ``logprobs``: alternatives wanted for each token (0: the token's own alone; None: nothing).
+    ``pixels``: the least and the most that a picture is scaled to; None leaves the checkpoint's.
     """
 
-    image: Image
-    prompt: str
+    messages: tuple[Message, ...]
     request_id: str
     sampling: SamplingParams = SamplingParams()
     stream: bool = False
     deadline: float | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    constraint: Constraint | None = None
+    logprobs: int | None = None
+    pixels: tuple[int | None, int | None] = (None, None)
+
+    @property
+    def images(self) -> list[Image]:
+        """All pictures, in their order."""
+        parts = [part for message in self.messages for part in message.content]
+        return [part for part in parts if not isinstance(part, str)]
 
 
 @dataclass(frozen=True)
@@ -136,10 +189,28 @@ class BackendStats:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token of the answer: its text, its bytes, and the natural logarithm of its probability.
+
+    ``top``: the likeliest tokens at its place, the likeliest first, each without a ``top``.
+    """
+
+    text: str
+    bytes: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
 class Delta:
-    """A piece of an answer. The last one, and only it, has a finish reason, usage and timings."""
+    """A piece of an answer. The last one, and only it, has a finish reason, usage and timings.
+
+    ``reasoning`` is text that the model wrote before its answer.
+    """
 
     text: str
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+    reasoning: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()

@@ -16,7 +16,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.engine.model import LoadedModel, prepare
 from qwenvl_app.engine.sequence import Sequence
-from qwenvl_app.generation import GenerationRequest, SamplingParams
+from qwenvl_app.generation import GenerationRequest, SamplingParams, question
 from tests.waiting import until
 
 OPTIONS = EngineOptions(
@@ -68,7 +68,9 @@ def spread(loaded: LoadedModel, attention: str = "sdpa") -> LoadedModel:
 
 def request(image: Image.Image, prompt: str = "这张图里有什么？", **sampling) -> GenerationRequest:
     stream, deadline = sampling.pop("stream", False), sampling.pop("deadline", None)
-    return GenerationRequest(image, prompt, "id", SamplingParams(**sampling), stream, deadline)
+    return GenerationRequest(
+        question(image, prompt), "id", SamplingParams(**sampling), stream, deadline
+    )
 
 
 def random_image(rng: random.Random) -> Image.Image:
@@ -90,8 +92,8 @@ def random_request(rng: random.Random, **sampling) -> GenerationRequest:
 
 def inputs_of(loaded: LoadedModel, asked: GenerationRequest) -> dict[str, torch.Tensor]:
     """What ``generate`` wants, a batch of one."""
-    inputs = prepare(loaded, asked.image, asked.prompt)
-    picture = loaded.patcher.resized(asked.image)  # not as Pillow alone would: see pixels.py
+    inputs = prepare(loaded, asked)
+    picture = loaded.patcher.resized(asked.images[0])  # not as Pillow alone would: see pixels.py
     # A second time it would be resized where the processor admits one area only, as the demo's.
     features = loaded.image_processor(images=[picture], do_resize=False, return_tensors="pt")
     types = torch.zeros(1, len(inputs.ids), dtype=torch.long)

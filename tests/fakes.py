@@ -18,6 +18,11 @@ from qwenvl_app.generation import (
 )
 
 
+def prompt_of(request: GenerationRequest) -> str:
+    """The last message's text."""
+    return "".join(part for part in request.messages[-1].content if isinstance(part, str))
+
+
 class FakeGeneration:
     """Yields the given pieces; waits for ``go`` before the first one, cancelled or up to it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.contract import FROM_SOURCE, RECORDED, Case
-from tests.fakes import FakeBackend
+from tests.fakes import FakeBackend, prompt_of
 from tests.wire import END, IMAGE, PNG, PROMPT, ROUTE, part
 
 
@@ -51,7 +51,7 @@ def test_recorded_answers(case: Case, client, backend: FakeBackend):
 )
 def test_accepted(post, backend: FakeBackend, body: bytes, prompt: str):
     assert post(body).status == 200
-    assert backend.requests[0].prompt == prompt
+    assert prompt_of(backend.requests[0]) == prompt
 
 
 def test_of_two_images_the_last_counts(post, backend: FakeBackend):
@@ -59,7 +59,7 @@ def test_of_two_images_the_last_counts(post, backend: FakeBackend):
 
     first = part("image", picture(size=(10, 10)), "1.png", "image/png")
     assert post(first + IMAGE + PROMPT + END).status == 200
-    assert backend.requests[0].image.size == (64, 64)
+    assert backend.requests[0].images[0].size == (64, 64)
 
 
 def test_a_file_name_in_gbk_is_no_error(post):

@@ -166,7 +166,7 @@ def test_what_is_made_of_a_picture_goes_when_that_is_read(wild):
     jobs = []
     for size in (64, 96):
         image = Image.new("RGB", (size, size), "red")
-        inputs = prepare(wild, image, "?")
+        inputs = prepare(wild, request(image, "?"))
         inputs.pixels = wild.patcher.patches(image)
         jobs.append(SimpleNamespace(inputs=inputs, patches=len(inputs.pixels)))
     with torch.inference_mode():

@@ -20,10 +20,11 @@ from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import Encoding
 from qwenvl_app.errors import DeadlineExceeded, InternalError, Unavailable
-from qwenvl_app.generation import FinishReason
+from qwenvl_app.generation import FinishReason, question
 from qwenvl_app.loading.load import load
 from tests import families
 from tests.engines import agrees, finish, generate, random_request, running, spread, until_idle
+from tests.fakes import prompt_of
 
 FAULTS = [
     (Runner, "encode"),
@@ -93,14 +94,13 @@ def test_fuzz(request, monkeypatch, caplog, model: str, seed: int):
     with running(wild, slots=4, prefill_chunk=64, prefix_cache_bytes=2**22) as engine:
         armed.set()
         sequences: list[Sequence] = []
-        images = [random_request(rng).image for _ in range(6)]
+        images = [random_request(rng).images[0] for _ in range(6)]
         for number in range(60):
             options = {"temperature": rng.choice((None, 0.0, 1.0)), "seed": number}
             asked = random_request(rng, **options)
             if rng.random() < 0.5:
                 asked = type(asked)(
-                    rng.choice(images),
-                    asked.prompt,
+                    question(rng.choice(images), prompt_of(asked)),
                     asked.request_id,
                     asked.sampling,
                     rng.random() < 0.5,

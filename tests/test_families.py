@@ -34,6 +34,7 @@ from tests.engines import (
     judge,
     random_image,
     random_request,
+    request,
     running,
 )
 from tests.waiting import until
@@ -127,12 +128,12 @@ def test_positions_are_those_of_transformers(wild):
         theirs, delta = wild.model.model.get_rope_index(
             inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
         )
-        ours = prepare(wild, each.image, each.prompt)
+        ours = prepare(wild, each)
         assert torch.equal(ours.positions, theirs[:, 0])
         # The answer's first token goes on from there.
         assert ours.positions[0, -1] + 1 == len(ours.ids) + delta.item()
         assert list(ours.grid) == inputs["image_grid_thw"][0].tolist()
-        assert len(wild.patcher.patches(each.image)) == math.prod(ours.grid)
+        assert len(wild.patcher.patches(each.images[0])) == math.prod(ours.grid)
     assert mrope_positions(9, range(2, 6), (1, 4, 4), 2).tolist()[1] == [0, 1, 2, 2, 3, 3, 4, 5, 6]
 
 
@@ -143,7 +144,7 @@ def test_the_vision_tower_in_pieces_is_the_vision_tower(wild):
         def __init__(self, image):
             resized = wild.patcher.resized(image)
             self.pixels = wild.image_processor(images=[resized], return_tensors="pt").pixel_values
-            self.inputs = prepare(wild, image, "x")
+            self.inputs = prepare(wild, request(image, "x"))
             self.inputs.pixels = wild.patcher.patches(image)
             self.patches = len(self.inputs.pixels)
 

@@ -10,7 +10,7 @@ import pytest
 from qwenvl_app import create_app
 from qwenvl_app.settings import load_settings
 from tests.contract import URLENCODED
-from tests.fakes import FakeBackend
+from tests.fakes import FakeBackend, prompt_of
 from tests.wire import BOUNDARY, END, GOOD, IMAGE, MULTIPART, PNG, PROMPT, ROUTE, part
 
 TOO_MANY = "Too many fields. Maximum number of fields is 3."
@@ -110,7 +110,7 @@ def test_any_file_name_is_one(post, backend: FakeBackend, form, name, more):
         assert json.loads(answer.body)["detail"].endswith('"name" must be provided.')
     else:
         assert answer.status == 200
-        assert backend.requests[0].image.size == (64, 64)
+        assert backend.requests[0].images[0].size == (64, 64)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_what_is_nearly_a_boundary_is_data(post, backend: FakeBackend, near, bou
     body = (IMAGE + part("prompt", text) + END).replace(BOUNDARY.encode(), boundary)
     kind = f"multipart/form-data; boundary={boundary.decode()}"
     assert post(body, kind).status == 200
-    assert backend.requests[0].prompt == text.decode()
+    assert prompt_of(backend.requests[0]) == text.decode()
 
 
 @pytest.mark.parametrize("end", [b"\r\n", b"\n"])
@@ -159,8 +159,8 @@ def test_the_first_line_shows_how_lines_end(post, backend: FakeBackend, end):
     body = part("prompt", b"a\nb") + IMAGE.replace(PNG, b"PICTURE") + END
     body = body.replace(b"\r\n", end).replace(b"PICTURE", PNG)
     assert post(body).status == 200
-    assert backend.requests[0].prompt == "a\nb"
-    assert backend.requests[0].image.size == (64, 64)
+    assert prompt_of(backend.requests[0]) == "a\nb"
+    assert backend.requests[0].images[0].size == (64, 64)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000, 2**18 - 1, 2**18, 2**18 + 1])
@@ -171,7 +171,7 @@ def test_a_part_of_any_size_ends_where_it_should(client, backend: FakeBackend, s
         body = part("x", filler, "x") + part("prompt", b"q" * 10) + IMAGE + END
         response = client.post(ROUTE, data=body, content_type=MULTIPART)
         assert response.status_code == 200
-        assert backend.requests.pop().prompt == "q" * 10
+        assert prompt_of(backend.requests.pop()) == "q" * 10
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from PIL import Image
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import engine as engines
 from qwenvl_app.errors import DeadlineExceeded, InternalError, Unavailable
-from qwenvl_app.generation import FinishReason, GenerationRequest, Phase, SamplingParams
+from qwenvl_app.generation import FinishReason, GenerationRequest, Phase, SamplingParams, question
 from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
 from tests.engines import finish
@@ -39,7 +39,7 @@ def local(loaded, monkeypatch) -> Iterator[LocalBackend]:
 
 def ask(prompt: str, shape: str = "circle", color: str = "blue", **sampling) -> GenerationRequest:
     image = Image.open(io.BytesIO(picture(shape, color, (128, 128)))).convert("RGB")
-    return GenerationRequest(image, prompt, "id", SamplingParams(**sampling), stream=True)
+    return GenerationRequest(question(image, prompt), "id", SamplingParams(**sampling), stream=True)
 
 
 def test_deltas_end_with_a_reason_usage_and_timings(local):

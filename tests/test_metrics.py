@@ -19,6 +19,7 @@ from qwenvl_app.generation import (
     Status,
     Timings,
     Usage,
+    question,
 )
 from qwenvl_app.loading.load import load
 from qwenvl_app.service.admission import Admission
@@ -223,7 +224,7 @@ def test_the_engine_tells_its_state():
         assert (idle.running, idle.waiting, idle.kv_tokens) == (0, 0, 0)
         image = Image.new("RGB", (64, 64), "white")
         for _ in range(2):
-            deltas = list(engine.submit(GenerationRequest(image, "what shape?", "x")))
+            deltas = list(engine.submit(GenerationRequest(question(image, "what shape?"), "x")))
         stats = engine.stats()
     assert deltas[-1].finish_reason
     assert (stats.prefix_queries, stats.prefix_hits) == (2, 1)

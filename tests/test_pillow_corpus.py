@@ -32,7 +32,7 @@ def test_every_file_of_pillows_own_tests(pytestconfig, client, backend):
         try:
             image = decode_image(data, max_megapixels=50)
             assert image.mode == "RGB", name
-            assert image.size == backend.requests[0].image.size, name
+            assert image.size == backend.requests[0].images[0].size, name
         except (BadRequest, TooLarge) as error:
             assert response.json == {"detail": error.detail} or response.status_code == 413, name
         backend.requests.clear()

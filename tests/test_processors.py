@@ -89,7 +89,7 @@ def test_an_answer_that_may_not_end_yet(wild, asked, plain, name: str):
     ends = {"eos_token_id": [plain[3]]}
     short = answered(wild, asked, ends)
     assert len(short) <= 4
-    prompt = 0 if name == "min_new_tokens" else len(prepare(wild, asked.image, asked.prompt).ids)
+    prompt = 0 if name == "min_new_tokens" else len(prepare(wild, asked).ids)
     assert len(answered(wild, asked, ends | {name: prompt + 12})) > len(short)
 
 

@@ -106,7 +106,7 @@ def test_special_tokens_are_where_they_are_published(loaded):
 def test_prompts_are_those_of_the_processor_that_needs_torchvision(loaded, number):
     with np.load(parity.RECORDED) as arrays:
         expected = json.loads(str(arrays["prompts"]))[number]
-    ids = prepare(loaded, parity.picture("photo", 640, 480), parity.PROMPTS[number]).ids
+    ids = prepare(loaded, request(parity.picture("photo", 640, 480), parity.PROMPTS[number])).ids
     assert [[token, len(list(same))] for token, same in groupby(ids)] == expected
 
 
@@ -169,7 +169,7 @@ def test_control_tokens_in_a_prompt_stay_text(loaded, text):
     """But for <think> and its like: they are not special to this tokenizer, nor to transformers."""
     image = Image.new("RGB", (64, 64))
     special = set(loaded.tokenizer.all_special_ids)
-    plain, hostile = (prepare(loaded, image, f"看{more}") for more in ("", text))
+    plain, hostile = (prepare(loaded, request(image, f"看{more}")) for more in ("", text))
     assert [i for i in plain.ids if i in special] == [i for i in hostile.ids if i in special]
     assert f"看{text}<|im_end|>\n" in loaded.tokenizer.decode(hostile.ids)
 

@@ -18,7 +18,7 @@ from qwenvl_app.generation import Phase, Status
 from qwenvl_app.images.decode import decode_image
 from qwenvl_app.settings import load_settings
 from qwenvl_app.version import VERSION
-from tests.fakes import FakeBackend
+from tests.fakes import FakeBackend, prompt_of
 from tests.waiting import until
 from tests.wire import END, GOOD, IMAGE, MULTIPART, PROMPT, ROUTE, part, picture
 
@@ -232,7 +232,7 @@ PROMPTS = {
 @pytest.mark.parametrize(("sent", "expected"), PROMPTS.values(), ids=PROMPTS)
 def test_a_prompt_comes_through_unchanged(post, backend: FakeBackend, sent, expected):
     assert post(IMAGE + part("prompt", sent) + END).status == 200
-    assert backend.requests[0].prompt == expected
+    assert prompt_of(backend.requests[0]) == expected
 
 
 NO_TEXT = (
@@ -306,7 +306,7 @@ def test_the_charset_that_was_declared(post, backend: FakeBackend, charset, text
     if where == "before":
         request = MULTIPART.replace(";", f"; Charset = {charset};", 1)
     assert post(body + END, request).status == 200
-    assert backend.requests[0].prompt == text
+    assert prompt_of(backend.requests[0]) == text
 
 
 def test_the_nearest_charset_counts(post, backend: FakeBackend):
@@ -314,7 +314,7 @@ def test_the_nearest_charset_counts(post, backend: FakeBackend):
     own = part("prompt", "圖片".encode("big5"), None, "text/plain; charset=big5")
     assert post(named + IMAGE + own + END, gbk).status == 200
     assert post(named + IMAGE + part("prompt", "图片".encode("gbk")) + END, gbk).status == 200
-    assert [request.prompt for request in backend.requests] == ["圖片", "图片"]
+    assert [prompt_of(request) for request in backend.requests] == ["圖片", "图片"]
 
 
 @pytest.mark.parametrize("where", ["request", "part", "field"])

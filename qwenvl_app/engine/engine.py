@@ -158,7 +158,7 @@ class Engine:
 
     def _prepare(self, request: GenerationRequest, arrived: float) -> Sequence:
         loaded, sampling = self._loaded, request.sampling
-        inputs = prepare(loaded, request.image, request.prompt)
+        inputs = prepare(loaded, request)
         patches = len(inputs.image_tokens) * self._runner.merge**2
         longest = min(self._runner.max_length, self._scheduler.room(patches))
         room = longest - len(inputs.ids)
@@ -170,10 +170,10 @@ class Engine:
         layout, length = self._runner.layout, inputs.image_tokens.stop
         if layout.bytes(length, 1) <= self.prefixes.budget:
             inputs.boundary = length if layout.states else 0
-            inputs.image_key = image_key(request.image, self._salt)
+            inputs.image_key = image_key(request.images[0], self._salt)
             prefix = self.prefixes.get(inputs.image_key)
         if prefix is None:
-            inputs.pixels = loaded.patcher.patches(request.image)
+            inputs.pixels = loaded.patcher.patches(request.images[0])
         most = self._options.max_new_tokens
         limit = min(sampling.max_new_tokens or most, most, room)
         sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)

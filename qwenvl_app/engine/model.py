@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,10 +24,8 @@ from qwenvl_app.engine.recurrent import RecurrentCache, states_of
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
 from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.generation import GenerationRequest
 from qwenvl_app.prompts import PromptBuilder
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,10 @@ class LoadedModel:
         return Detokenizer(self.tokenizer, self.prompts.reasoning)
 
 
-def prepare(loaded: LoadedModel, image: Image, text: str) -> Inputs:
+def prepare(loaded: LoadedModel, request: GenerationRequest) -> Inputs:
     """The inputs of one picture and one question, but for the pixels. On the request's thread."""
+    [image], [message] = request.images, request.messages
+    text = "".join(part for part in message.content if isinstance(part, str))
     grid = loaded.patcher.grid(image)
     prompt = loaded.prompts.build(text, grid)
     first = prompt.token_types.index(1)

@@ -6,7 +6,7 @@ from PIL import Image
 
 from qwenvl_app.engine.engine import Engine
 from qwenvl_app.errors import ModelLoadError, ServiceError, Unavailable
-from qwenvl_app.generation import GenerationRequest, SamplingParams
+from qwenvl_app.generation import GenerationRequest, SamplingParams, question
 
 
 def warm_up(engine: Engine) -> None:
@@ -18,7 +18,7 @@ def warm_up(engine: Engine) -> None:
     picture = Image.new("RGB", (64, 64), "white")
     sampling = SamplingParams(max_new_tokens=4, ignore_eos=True)
     try:
-        for _ in engine.submit(GenerationRequest(picture, "?", "warm-up", sampling)):
+        for _ in engine.submit(GenerationRequest(question(picture, "?"), "warm-up", sampling)):
             pass
     except Unavailable:
         raise ModelLoadError(

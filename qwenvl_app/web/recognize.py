@@ -9,7 +9,7 @@ from werkzeug.exceptions import ClientDisconnected
 
 from qwenvl_app.backends import Backend, require_ready
 from qwenvl_app.errors import BadRequest, ClientGone, InternalError, TooLarge
-from qwenvl_app.generation import GenerationRequest, SamplingParams, Status
+from qwenvl_app.generation import GenerationRequest, SamplingParams, Status, question
 from qwenvl_app.images.decode import decode_image
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.deadline import Caller
@@ -55,7 +55,9 @@ def blueprint(
         caller.check()
         record.submit()
         generation = backend.generate(
-            GenerationRequest(image, form.prompt, g.request_id, sampling, deadline=caller.deadline)
+            GenerationRequest(
+                question(image, form.prompt), g.request_id, sampling, deadline=caller.deadline
+            )
         )
         try:
             with caller.on_leaving(generation.cancel):

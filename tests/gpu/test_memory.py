@@ -145,7 +145,7 @@ class Job:
     """As much of a sequence as the runner looks at."""
 
     def __init__(self, loaded: LoadedModel, image: Image.Image):
-        self.inputs = prepare(loaded, image, "x" * 100)
+        self.inputs = prepare(loaded, request(image, "x" * 100))
         self.inputs.pixels = loaded.patcher.patches(image)
         self.patches = math.prod(self.inputs.grid)
         self.features = None
