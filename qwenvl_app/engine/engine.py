@@ -14,7 +14,7 @@ from qwenvl_app.engine.executor import FAILED, Executor, Outcome
 from qwenvl_app.engine.memory import gpu_memory
 from qwenvl_app.engine.model import LoadedModel, Runner, prepare
 from qwenvl_app.engine.prefix_cache import PrefixCache, image_key
-from qwenvl_app.engine.sampling import Sampler, repeats_itself
+from qwenvl_app.engine.sampling import repeats_itself
 from qwenvl_app.engine.scheduler import Plan, Scheduler
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.errors import (
@@ -176,7 +176,7 @@ class Engine:
             inputs.pixels = loaded.patcher.patches(request.images[0])
         most = self._options.max_new_tokens
         limit = min(sampling.max_new_tokens or most, most, room)
-        sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)
+        sampler = loaded.sampler(request, inputs.ids, self._runner.device)
         return Sequence(request, inputs, sampler, limit, loaded.detokenizer(), arrived, prefix)
 
     # From here on: the engine's thread.

@@ -169,7 +169,10 @@ class Executor:
         tokens = next_tokens(samplers, logits)
         outcomes: list[Outcome] = []
         for sequence, is_ready, token in zip(sequences, ready, tokens, strict=True):
-            if isinstance(token, Exception):
+            if isinstance(token, ServiceError):
+                self.cache.clear(rows.index(sequence))
+                outcomes.append((sequence, token))
+            elif isinstance(token, Exception):
                 raised = token if token.__traceback__ else None
                 log.error("%s (request %s)", token, sequence.request_id, exc_info=raised)
                 self.cache.clear(rows.index(sequence))

@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qwenvl_app.engine.compiled import ATTENTION, CompiledDecode
 from qwenvl_app.engine.detokenizer import Detokenizer
+from qwenvl_app.engine.grammar import Grammars
 from qwenvl_app.engine.kv_cache import Layout, SlotCache
 from qwenvl_app.engine.memory import place
 from qwenvl_app.engine.pixels import Patcher
 from qwenvl_app.engine.recurrent import RecurrentCache, states_of
+from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
 from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.errors import ModelLoadError
@@ -45,6 +47,20 @@ class LoadedModel:
     def detokenizer(self) -> Detokenizer:
         """For one answer."""
         return Detokenizer(self.tokenizer, self.prompts.reasoning)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Of its vocabulary."""
+        ends = self.model.generation_config.eos_token_id
+        return Grammars(self.tokenizer, self.model.config.get_text_config().vocab_size, ends)
+
+    def sampler(
+        self, request: GenerationRequest, prompt: list[int], device: torch.device
+    ) -> Sampler:
+        """For one answer to ``prompt``. Raises BadSchema for a constraint that can't be held."""
+        matcher = self.grammars.matcher(request.constraint, self.prompts.reasoning)
+        defaults = self.model.generation_config
+        return Sampler(request.sampling, defaults, prompt, device, matcher)
 
 
 def prepare(loaded: LoadedModel, request: GenerationRequest) -> Inputs:
