@@ -317,7 +317,7 @@ def test_what_can_t_be_done_is_refused_by_name(grammars, keyword, schema):
     with pytest.raises(BadSchema) as refused:
         grammars.matcher(Constraint("json", schema), None)
     assert refused.value.status == 400
-    assert refused.value.keyword == keyword or keyword == "if"
+    assert keyword in str(refused.value.keyword).split(", ")
     for said in (refused.value.detail, refused.value.english):
         assert keyword in said
         assert not any(ours in said for ours in ("answer", "x-guidance", "start:", "\n"))
