@@ -249,6 +249,18 @@ def test_the_end_is_allowed_where_the_value_is_complete_and_nowhere_else(grammar
             matcher.append(written[-1])
 
 
+@pytest.mark.parametrize("text", ["<|im_end|>x</think>", "e\u0301 \u212b", "你好，世界 " * 20])
+def test_a_text_that_is_given_is_written_in_so_many_letters(grammars, tokens, text):
+    """A control token that it spells is not that token, and no letters are composed."""
+    for seed in range(5):
+        written = write(
+            matcher_of(grammars, Constraint("json", {"const": text})), random.Random(seed)
+        )
+        assert written is not None
+        assert json.loads(tokens.decode(written)) == text
+        assert not set(written) & set(tokens.added_tokens_decoder)
+
+
 def test_no_control_token_is_allowed_within_a_text(grammars, tokens):
     control = set(tokens.added_tokens_decoder) - ENDS
     matcher = matcher_of(grammars, Constraint("json", {"type": "string"}))

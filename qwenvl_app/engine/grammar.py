@@ -12,15 +12,16 @@ import json
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Collection, Iterator, Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwenvl_app.errors import BadSchema
 from qwenvl_app.prompts import Reasoning
@@ -109,17 +110,50 @@ def ruled_out(allowed: list[bytes], width: int) -> torch.Tensor:
     return torch.from_numpy(unpacked.view(np.bool_))
 
 
+class _Words:
+    """A byte-level tokenizer as llguidance takes one: each token's bytes, and text to tokens.
+
+    What means more than it says is ``special_token_ids``, and is no part of any text. Nor does a
+    text become such a token, as it would by the tokenizer itself: a schema may ask for "<|im_end|>"
+    in so many letters. And a text stays as it is, where the tokenizer may compose its letters.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Any, width: int, end: int):
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        self._plain = Tokenizer(backend.model)
+        if backend.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = backend.pre_tokenizer
+        spelling: Any = bytes_to_unicode
+        byte = {letter: number for number, letter in spelling().items()}
+        added = backend.get_added_tokens_decoder()
+        self.eos_token_id, self.tokens = end, [b""] * width
+        for word, number in backend.get_vocab().items():
+            spelled = number not in added
+            self.tokens[number] = bytes(map(byte.__getitem__, word)) if spelled else word.encode()
+        # Words that fine-tuning added are words.
+        control = [n for n, each in added.items() if each.special or not each.content.isalnum()]
+        self.special_token_ids = control
+
+    def __call__(self, text: str) -> list[int]:
+        """Of a text that a grammar leaves no choice about."""
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+
 class Grammars:
     """Constraints to matchers, for one vocabulary. May be called on any thread.
 
     ``width``: of the logits, which may have more entries than the vocabulary; those are ruled out.
-    ``ends``: the tokens that end an answer, as ``generation_config.json`` has them.
+    ``ends``: the tokens that end an answer, as ``generation_config.json`` has them. For a large
+    vocabulary making one takes a second, in which no other thread gets to run.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, ends: int | list[int]):
         self._tokenizer, self._width = tokenizer, width
         self._ends = ends if isinstance(ends, list) else [ends]
-        self._lock = threading.Lock()
+        words = _Words(tokenizer, width, self._ends[0])
+        self._vocabulary = LLTokenizer(TokenizerWrapper(words), eos_token=self._ends)
         self._compiled = lru_cache(_KEPT)(self._compile)
 
     def matcher(self, constraint: Constraint | None, reasoning: Reasoning | None) -> Matcher | None:
@@ -135,13 +169,6 @@ class Grammars:
             raise _refusal(compiled)
         until = reasoning.end if reasoning and reasons else None
         return Matcher(compiled.deep_copy(), self._ends, until, self._width)
-
-    @cached_property
-    def _vocabulary(self) -> LLTokenizer:
-        """Takes seconds, so it is made at the first constraint, and by one thread."""
-        made: Any = self._tokenizer
-        text = made.backend_tokenizer.to_str()
-        return LLTokenizer(text, n_vocab=self._width, eos_token=self._ends)
 
     def _grammar(self, constraint: Constraint, *, blank: bool) -> str:
         """In llguidance's Lark (docs/syntax.md); ``blank``: with lines that may be empty first."""
@@ -182,10 +209,8 @@ class Grammars:
         grammar = LLMatcher.grammar_from_lark(grammar)
         if problem := _check(grammar):
             return problem
-        with self._lock:
-            vocabulary = self._vocabulary
         limits = LLParserLimits(**_LIMITS)
-        compiled = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+        compiled = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         if not compiled.is_error():
             compiled.compute_bitmask()  # what it learns by that all copies know
         return compiled.get_error() or compiled

@@ -65,7 +65,9 @@ def load(
         raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
     _tell_offload(getattr(model, "hf_device_map", {}))
     model.generation_config = defaults
-    return LoadedModel(model.eval(), *processing.load(directory, model.config, template))
+    loaded = LoadedModel(model.eval(), *processing.load(directory, model.config, template))
+    _ = loaded.grammars  # it holds up all threads for a second: not when requests run
+    return loaded
 
 
 def _quantised(directory: Path) -> str | None:
