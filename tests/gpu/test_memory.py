@@ -22,6 +22,7 @@ from qwenvl_app.engine.kv_cache import SlotCache
 from qwenvl_app.engine.model import LoadedModel, Runner, prepare
 from qwenvl_app.errors import Unavailable
 from qwenvl_app.loading import footprint
+from qwenvl_app.loading.checkpoint import find
 from qwenvl_app.loading.load import load
 from tests import real_shape
 from tests.engines import OPTIONS, finish, request
@@ -87,7 +88,7 @@ class Measured:
     weights: int
 
     def predicted(self, pixels: int) -> footprint.Footprint:
-        return footprint.measure(self.directory, "auto", pixels, cpu=False)
+        return footprint.measure(find(str(self.directory)), "auto", pixels, cpu=False)
 
 
 @pytest.fixture(scope="module")
