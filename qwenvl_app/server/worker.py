@@ -30,7 +30,7 @@ from qwenvl_app.server import listeners, options
 from qwenvl_app.server.connection import Connection
 from qwenvl_app.server.hooks import hook
 from qwenvl_app.server.reception import Reception
-from qwenvl_app.settings import load_settings
+from qwenvl_app.settings import current
 from qwenvl_app.web.errors import of_http
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Serve until told to stop; then answer everybody, and return."""
         _allow_files(self.worker_connections + _OTHER_FILES)
         self.reception = Reception(
-            self.cfg, load_settings(), self.poller, self._serve, self._count, self._admits
+            self.cfg, current(), self.poller, self._serve, self._count, self._admits
         )
         queue = self.method_queue
         self.poller.register(queue.fileno(), selectors.EVENT_READ, queue.run_callbacks)
