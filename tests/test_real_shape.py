@@ -20,7 +20,8 @@ from PIL import Image
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine.detokenizer import Detokenizer
-from qwenvl_app.engine.model import LoadedModel, prepare
+from qwenvl_app.engine.inputs import prepare
+from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sampling import next_tokens
 from qwenvl_app.generation import FinishReason, Phase, SamplingParams
 from qwenvl_app.loading.checkpoint import check
