@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qwenvl_app.prompts import Reasoning
@@ -41,6 +42,14 @@ class Pieces:
             clean_up_tokenization_spaces=False,
         )
         return str(text)
+
+
+def reasoning_after(marks: Reasoning | None, prompt: list[int]) -> Reasoning | None:
+    """``marks`` for an answer to ``prompt``: whether it is open there, its own options decided."""
+    if marks is None:
+        return None
+    last = next((token for token in reversed(prompt) if token in (marks.begin, marks.end)), None)
+    return replace(marks, begun=last == marks.begin)
 
 
 class Detokenizer:
@@ -83,7 +92,7 @@ class Detokenizer:
             return 0
         ended = marks.end in ids
         length = ids.index(marks.end) if ended else len(ids)
-        opened = not marks.begun and not self.reasoned
+        opened = not self.reasoned and ids[0] == marks.begin
         self._think(ids[opened:length], last=ended)
         if ended:
             self._marks = None

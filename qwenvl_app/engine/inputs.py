@@ -74,12 +74,8 @@ class Inputs:
 def prepare(loaded: LoadedModel, request: GenerationRequest) -> Inputs:
     """The inputs of ``request``, but for the pixels."""
     patcher = loaded.patcher.within(*request.pixels)
-    [image], [message] = request.images, request.messages
-    text = "".join(part for part in message.content if isinstance(part, str))
-    grid = patcher.grid(image)
-    prompt = loaded.prompts.build(text, grid)
-    first = prompt.token_types.index(1)
-    spans = [Span(range(first, first + sum(prompt.token_types)), grid)]
-    places = [(span.tokens, span.grid) for span in spans]
+    grids = [patcher.grid(image) for image in request.images]
+    prompt = loaded.prompts.build(request.messages, grids, request.tools, request.template_options)
+    places = list(zip(prompt.images, grids, strict=True))
     positions = mrope_positions(len(prompt.input_ids), places, patcher.merge)
-    return Inputs(prompt.input_ids, positions, spans)
+    return Inputs(prompt.input_ids, positions, [Span(*place) for place in places])
