@@ -20,7 +20,8 @@ from transformers import GenerationConfig
 
 from qwenvl_app.engine import engine as engines
 from qwenvl_app.engine.engine import Engine, EngineOptions
-from qwenvl_app.engine.kv_cache import Layout, SlotCache, State
+from qwenvl_app.engine.kv_cache import SlotCache
+from qwenvl_app.engine.layout import Layout, State
 from qwenvl_app.engine.recurrent import RecurrentCache
 from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence

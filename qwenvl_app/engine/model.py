@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from qwenvl_app.engine.compiled import ATTENTION, CompiledDecode
 from qwenvl_app.engine.detokenizer import Detokenizer
-from qwenvl_app.engine.kv_cache import Layout, SlotCache
+from qwenvl_app.engine.kv_cache import SlotCache
+from qwenvl_app.engine.layout import layout_of
 from qwenvl_app.engine.memory import place
 from qwenvl_app.engine.pixels import Patcher
-from qwenvl_app.engine.recurrent import RecurrentCache, states_of
+from qwenvl_app.engine.recurrent import RecurrentCache
 from qwenvl_app.engine.sequence import Features, Inputs, Sequence
 from qwenvl_app.engine.vision import Encoding, Tower
 from qwenvl_app.errors import ModelLoadError
@@ -92,25 +93,14 @@ class Runner:
                 "the device has no room even for the vision tower: use a smaller or a quantised "
                 "checkpoint"
             )
-        devices = [place(layer.input_layernorm) for layer in self._text.layers]
-        heads: int = config.num_key_value_heads
-        states = states_of(self._text)
-        for state in reversed(states):
-            del devices[state.layer]
-        self.layout = Layout(
-            heads,
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            self._text.embed_tokens.weight.dtype,
-            tuple(devices),
-            states,
-        )
+        self.layout = layout_of(self._text)
         # The eager attention adds its mask; all others take True and False.
         self._adds_mask = self._text.config._attn_implementation == "eager"
         self.max_length: int = config.max_position_embeddings
         self.depth = len(self._tower.visual.blocks)
         self.merge: int = self._tower.merge
         self._device = place(self._text.embed_tokens)
-        if compiled and states:
+        if compiled and self.layout.states:
             raise ModelLoadError(
                 "QWENVL_COMPILE=on does not know this model's recurrent layers: set "
                 "QWENVL_COMPILE=off"

@@ -17,25 +17,8 @@ from typing import Any
 
 import torch
 
-from qwenvl_app.engine.kv_cache import UNBOUNDED, Layout, SlotCache, State
-from qwenvl_app.engine.memory import place
-
-
-def states_of(text: Any) -> tuple[State, ...]:
-    """Those of the recurrent layers of ``text``, a language model; none if it has none."""
-    states = []
-    for number, layer in enumerate(text.layers):
-        if (mixer := getattr(layer, "linear_attn", None)) is not None:
-            states.append(
-                State(
-                    number,
-                    (mixer.conv_dim, mixer.conv_kernel_size),
-                    (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim),
-                    mixer.conv1d.weight.dtype,
-                    place(mixer.conv1d),
-                )
-            )
-    return tuple(states)
+from qwenvl_app.engine.kv_cache import UNBOUNDED, SlotCache
+from qwenvl_app.engine.layout import Layout, State
 
 
 class RecurrentCache(SlotCache):
