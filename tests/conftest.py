@@ -67,7 +67,7 @@ def backend() -> FakeBackend:
 def app(settings: Settings, backend: FakeBackend) -> Iterator[Flask]:
     app = create_app(settings, backend)
     yield app
-    app.extensions["qwenvl"]["departures"].close()
+    app.extensions["qwenvl"]["disconnects"].close()
     admission: Admission = app.extensions["qwenvl"]["admission"]
     assert admission.free == admission.permits, "a permit was not given back"
     assert admission.waiting == 0

@@ -203,7 +203,9 @@ def test_what_nobody_needs_any_more_is_given_back_before_a_large_picture_comes(m
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prefix", [0, 250 * TOKEN])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))]
+)
 def test_bytes_stay_within_the_budget_whatever_comes(monkeypatch, kind, prefix, seed):
     rng = random.Random(seed)
     slots = rng.choice((2, 3, 5, 8))

@@ -84,42 +84,51 @@ def estimate(
     kind: torch.dtype = own if dtype == "auto" else getattr(torch, dtype)
     auto: Any = AutoModelForImageTextToText  # which is not annotated
     with torch.device("meta"):
-        model = auto.from_config(config, dtype=kind)
-    layout, size = layout_of(model.model.language_model), kind.itemsize
-    merge = vision.spatial_merge_size**2
-    least, largest = pixel_limits(image_processor(checkpoint.directory))
-    pixels = int(max(least, min(max_pixels, largest)))
-    patches = pixels // vision.patch_size**2
-    # Of a patch: DeepStack's and the merger's; before, the residual, its norm, learned positions,
-    # queries, keys and values, and the rotary embedding in float32. A CPU turns the positions that
-    # it weighs to float32 first.
-    merged, taps = text.hidden_size * size // merge, getattr(vision, "deepstack_visual_indexes", ())
-    features = (1 + len(taps or ())) * merged
-    patch = max((6 * size + 24) * vision.hidden_size + features - merged, features)
-    patch = max(patch, 44 * vision.hidden_size if cpu and size < 4 else 0)
-    square = vision.num_heads * (2 * size + 4) if eager else 0
+        layout = layout_of(auto.from_config(config, dtype=kind).model.language_model)
+    size = kind.itemsize
+    # One layer's keys and values for all heads; and its keys again, to grow.
+    attended = (2 * text.num_attention_heads + layout.heads) * layout.head_dim * size
     # Hidden states, queries and the MLP's three products; of a mixture, those of its experts.
     experts = getattr(text, "num_experts_per_tok", 0) * getattr(text, "moe_intermediate_size", 0)
     inner = max(getattr(text, "intermediate_size", 0), experts)
+    least, largest = pixel_limits(image_processor(checkpoint.directory))
+    pixels = int(max(least, min(max_pixels, largest)))
+    tokenizer = checkpoint.directory / "tokenizer.json"
     return Footprint(
         dtype=str(kind).removeprefix("torch."),
         quantised=checkpoint.quantised,
         **_weights(checkpoint, size, packed=cpu and size == 4, expands_fp8=expands_fp8),
-        tokenizer=_TOKENIZER * _length(checkpoint.directory / "tokenizer.json"),
+        tokenizer=_TOKENIZER * tokenizer.stat().st_size if tokenizer.is_file() else 0,
         kv_token=layout.token_bytes,
-        # One layer's keys and values for all heads; and its keys again, to grow.
-        token=layout.token_bytes
-        + (2 * text.num_attention_heads + layout.heads) * layout.head_dim * size,
+        token=layout.token_bytes + attended,
         state=layout.bytes(0, 1),
         chunk_token=(3 * inner + 8 * text.hidden_size) * size,
         max_length=text.max_position_embeddings,
         pixels=pixels,
-        patches=patches,
-        picture_tokens=patches // merge,
-        tower=patches * (patch + patches * square),
-        features=patches * features,
+        **_picture(vision, pixels, text.hidden_size, size, cpu=cpu, eager=eager),
         eager=eager,
     )
+
+
+def _picture(
+    vision: Any, pixels: int, width: int, size: int, *, cpu: bool, eager: bool
+) -> dict[str, int]:
+    """Of a picture of so many pixels; ``width`` is the language model's."""
+    patches, merge = pixels // vision.patch_size**2, vision.spatial_merge_size**2
+    # Of a patch: DeepStack's and the merger's; before, the residual, its norm, learned positions,
+    # queries, keys and values, and the rotary embedding in float32. A CPU turns the positions that
+    # it weighs to float32 first.
+    merged, taps = width * size // merge, getattr(vision, "deepstack_visual_indexes", None) or ()
+    features = (1 + len(taps)) * merged
+    patch = max((6 * size + 24) * vision.hidden_size + features - merged, features)
+    patch = max(patch, 44 * vision.hidden_size if cpu and size < 4 else 0)
+    square = vision.num_heads * (2 * size + 4) if eager else 0
+    return {
+        "patches": patches,
+        "picture_tokens": patches // merge,
+        "tower": patches * (patch + patches * square),
+        "features": patches * features,
+    }
 
 
 def _weights(
@@ -158,7 +167,3 @@ def _tensors(directory: Path) -> Iterator[tuple[str, int, str]]:
         for name, tensor in header.items():
             if name != "__metadata__":
                 yield name, math.prod(tensor["shape"]), tensor["dtype"]
-
-
-def _length(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else 0

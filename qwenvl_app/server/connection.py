@@ -17,7 +17,7 @@ class Connection(TConn):  # type: ignore[misc]
 
     def __init__(self, cfg: Config, sock: socket.socket, client: Any, server: Any):
         super().__init__(cfg, sock, client, server)
-        self.initialized = True  # no handshake, and a new parser for every request
+        self.initialized = True  # the reception makes a new parser for every request
         self.incoming: Incoming
         self.buffered = 0  # bytes in there, as the reception has counted them
         self.arrived = self.since = 0.0  # monotonic: first byte of the request; in this state since

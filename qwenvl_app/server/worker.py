@@ -2,8 +2,8 @@
 
 gunicorn's own gthread worker reads on the threads of its pool, so that a client that trickles holds
 one for as long as it likes. Here the main loop reads (``reception.py``) and hands over whole
-requests; gunicorn's parser gets them from memory and no thread ever reads a socket. With TLS, whose
-handshake would block the loop, this is the gthread worker as it is.
+requests; gunicorn's parser gets them from memory and no thread ever reads a socket. ``options.py``
+says why there is no TLS.
 """
 
 from __future__ import annotations
@@ -57,15 +57,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._bodies = 0  # requests with a body that have one
         self._busy: set[Connection] = set()  # connections whose request has one
         self._open = True
-        if self.cfg.is_ssl:
-            self.__class__ = ThreadWorker
 
     @classmethod
     def check_config(cls, cfg: Config, log: Any) -> None:
         """End the start of a gunicorn whose options don't work here, with one sentence."""
-        if cfg.is_ssl:
-            ThreadWorker.check_config(cfg, log)
-        elif fault := options.fault(cfg):
+        if fault := options.fault(cfg):
             log.critical("%s", fault)
             sys.exit(os.EX_CONFIG)
 

@@ -19,7 +19,7 @@ from qwenvl_app.errors import (
     Unavailable,
     is_out_of_memory,
 )
-from qwenvl_app.web import accounts
+from qwenvl_app.web import request_log
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def register(app: Flask) -> None:
 
 
 def _service_error(error: ServiceError) -> Response:
-    accounts.current().reason = error.reason
+    request_log.current().reason = error.reason
     status, headers, body = render(error, g.request_id)
     return Response(body, status, headers)
 
@@ -96,7 +96,7 @@ def _http_error(error: HTTPException) -> Response:
     if isinstance(error, RequestEntityTooLarge):
         limit = current_app.config["MAX_CONTENT_LENGTH"] // 2**20
         return _service_error(TooLarge(f"上传的内容超过 {limit} MB 的限制。"))
-    accounts.current().reason = error.name.lower().replace(" ", "_")
+    request_log.current().reason = error.name.lower().replace(" ", "_")
     body = json.dumps({"detail": error.name}, separators=(",", ":"))
     response = Response(body, error.code or 500, mimetype="application/json")
     for name, value in error.get_headers():

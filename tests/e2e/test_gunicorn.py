@@ -24,6 +24,10 @@ from tests.waiting import until
 from tests.wire import END, GOOD, MULTIPART, PROMPT, ROUTE, encode, part, picture, post, send
 
 SAMPLES = ROOT / "demo" / "samples"
+TLS = (
+    "terminate TLS in nginx (deploy/nginx.conf): a handshake here would hold up the one loop that "
+    "reads every request"
+)
 
 
 @pytest.mark.parametrize("case", RECORDED + FROM_SOURCE, ids=lambda case: case.name)
@@ -221,6 +225,8 @@ def test_a_wrong_setting_stops_the_start_with_one_line(tmp_path: Path):
             "let the proxy in front send X-Forwarded-For, and set trusted_hops",
         ),
         (("--protocol", "uwsgi"), "let the proxy in front speak HTTP/1.1 to this service"),
+        (("--certfile", "README.md", "--keyfile", "README.md"), TLS),
+        (("--keyfile", "README.md"), TLS),
     ],
 )
 def test_options_that_break_the_framing_stop_the_start(tmp_path: Path, options, sentence: str):
