@@ -204,5 +204,5 @@ def test_it_answers_over_http(tmp_path, family: str):
     answer = client.post(ROUTE, data=GOOD, content_type=MULTIPART)
     assert answer.status_code == 200
     assert answer.json["result"]
-    app.extensions["qwenvl"]["departures"].close()
+    app.extensions["qwenvl"]["disconnects"].close()
     backend.close()

@@ -338,5 +338,5 @@ def served(directory: Path, **changes: int) -> Iterator[FlaskClient]:
     until(lambda: backend.status().phase is not Phase.LOADING, 60)
     app = create_app(settings, backend)
     yield app.test_client()
-    app.extensions["qwenvl"]["departures"].close()
+    app.extensions["qwenvl"]["disconnects"].close()
     backend.close()

@@ -23,6 +23,7 @@ from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.runner import Runner
 from qwenvl_app.errors import Unavailable
 from qwenvl_app.loading import footprint
+from qwenvl_app.loading.checkpoint import find
 from qwenvl_app.loading.load import load
 from tests import real_shape
 from tests.engines import OPTIONS, finish, request
@@ -88,7 +89,7 @@ class Measured:
     weights: int
 
     def predicted(self, pixels: int) -> footprint.Footprint:
-        return footprint.measure(self.directory, "auto", pixels, cpu=False)
+        return footprint.measure(find(str(self.directory)), "auto", pixels, cpu=False)
 
 
 @pytest.fixture(scope="module")
