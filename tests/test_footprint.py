@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig
 
-from qwenvl_app.engine.model import Runner
 from qwenvl_app.engine.pixels import Patcher
+from qwenvl_app.engine.runner import Runner
 from qwenvl_app.loading.checkpoint import Checkpoint, find
 from qwenvl_app.loading.footprint import estimate
 from qwenvl_app.loading.load import load

@@ -18,6 +18,7 @@ from transformers import Cache
 from qwenvl_app.engine.layout import Layout
 
 Box = tuple[slice, slice, slice]  # rows, heads, tokens
+Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each
 
 BLOCK = 128  # tokens; rows grow by so many at a time
 FEWEST_ROWS = 2  # of a roomy cache: torch.compile would make a special case of one
@@ -106,20 +107,21 @@ class SlotCache(Cache):
         for tensor in [*self._keys, *self._values]:
             tensor[row].zero_()
 
-    def save(self, row: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """A copy of a row: for each layer, keys and values (heads, length, head_dim)."""
+    def save(self, row: int, length: int, start: int = 0) -> Layers:
+        """A copy of a row from ``start`` to ``length``, each tensor (heads, tokens, head_dim)."""
         return [
-            (keys[row, :, :length].clone(), values[row, :, :length].clone())
+            (keys[row, :, start:length].clone(), values[row, :, start:length].clone())
             for keys, values in zip(self._keys, self._values, strict=True)
         ]
 
-    def restore(self, row: int, saved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Begin a row with what ``save`` returned."""
-        for tensors, (keys, values) in zip(
-            zip(self._keys, self._values, strict=True), saved, strict=True
+    def restore(self, row: int, saved: Layers, start: int = 0, length: int = UNBOUNDED) -> None:
+        """Put what ``save`` returned into a row from ``start`` on, up to ``length``."""
+        for keys, values, (old_keys, old_values) in zip(
+            self._keys, self._values, saved, strict=True
         ):
-            tensors[0][row, :, : keys.shape[1]] = keys
-            tensors[1][row, :, : values.shape[1]] = values
+            stop = min(start + old_keys.shape[1], length)
+            keys[row, :, start:stop] = old_keys[:, : stop - start]
+            values[row, :, start:stop] = old_values[:, : stop - start]
 
     @contextmanager
     def kept(self, rows: list[int]) -> Iterator[None]:

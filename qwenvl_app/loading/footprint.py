@@ -121,7 +121,8 @@ def _picture(
     merged, taps = width * size // merge, getattr(vision, "deepstack_visual_indexes", None) or ()
     features = (1 + len(taps)) * merged
     patch = max((6 * size + 24) * vision.hidden_size + features - merged, features)
-    patch = max(patch, 44 * vision.hidden_size if cpu and size < 4 else 0)
+    if cpu and size < 4 and hasattr(vision, "num_position_embeddings"):
+        patch = max(patch, 44 * vision.hidden_size)
     square = vision.num_heads * (2 * size + 4) if eager else 0
     return {
         "patches": patches,

@@ -18,8 +18,10 @@ import torch
 from PIL import Image
 
 from qwenvl_app.engine.engine import Engine, EngineOptions
+from qwenvl_app.engine.inputs import prepare
 from qwenvl_app.engine.kv_cache import SlotCache
-from qwenvl_app.engine.model import LoadedModel, Runner, prepare
+from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.runner import Runner
 from qwenvl_app.errors import ModelLoadError, Unavailable
 from qwenvl_app.loading import devices, footprint, measuring, plan
 from qwenvl_app.loading.checkpoint import find
@@ -143,29 +145,20 @@ def test_the_kv_cache(measured, tell: Tell):
         assert meter.allocated == before
 
 
-class Job:
-    """As much of a sequence as the runner looks at."""
-
-    def __init__(self, loaded: LoadedModel, image: Image.Image):
-        self.inputs = prepare(loaded, request(image, "x" * 100))
-        self.inputs.pixels = loaded.patcher.patches(image)
-        self.patches = math.prod(self.inputs.grid)
-        self.features = None
-        self.computed = 0
-
-
 def test_the_vision_tower(measured, tell: Tell):
     """From the pixels to what the language model takes."""
     meter, runner = measured.meter, measured.runner
-    job = Job(measured.loaded, Image.effect_noise((1024, 512), 90).convert("RGB"))
+    image = Image.effect_noise((1024, 512), 90).convert("RGB")
+    [span] = prepare(measured.loaded, request(image, "x" * 100)).images
+    span.pixels = measured.loaded.patcher.patches(image)
     with meter.here(), torch.inference_mode():
-        runner.encode([job]).advance(0, runner.depth)  # whatever is made at the first time
+        runner.begin_vision([span]).advance(0, runner.depth)  # whatever is made at the first time
         before = meter.allocated
         meter.restart()
-        features = runner.encode([job]).advance(0, runner.depth)
+        features = runner.begin_vision([span]).advance(0, runner.depth)
     taken = meter.peak - before
     predicted = measured.predicted(1024 * 512).tower
-    each, expected = (size / job.patches / 1024 for size in (taken, predicted))
+    each, expected = (size / span.patches / 1024 for size in (taken, predicted))
     tell(f"{each:.1f} KiB a patch, predicted {expected:.1f}")
     assert features
     assert taken == pytest.approx(predicted, rel=0.15)
