@@ -8,7 +8,7 @@ from qwenvl_app.backends import Backend, build
 from qwenvl_app.generation import Status
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.metrics import Metrics
-from qwenvl_app.settings import Settings, load_settings
+from qwenvl_app.settings import Settings, current
 from qwenvl_app.web import auth, cors, errors, ops, proxies, recognize, request_id, request_log
 from qwenvl_app.web.disconnects import Disconnects
 from qwenvl_app.web.responses import ContractJSON
@@ -23,7 +23,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     ``refused`` counts a request that the worker answered itself, ``has_key`` judges a header
     ``Authorization``.
     """
-    settings = settings or load_settings()
+    settings = settings or current()
     backend = backend or build(settings)
     admission = Admission(settings.max_concurrency, settings.max_waiting, settings.queue_timeout_s)
     disconnects = Disconnects()

@@ -135,7 +135,7 @@ PRIVATE: dict[str, Callable[[], None]] = {
     "_dynamo": torch_compile_is_told,
 }
 
-WORKER = "accept check_config finish_request get_thread_pool handle_error handle_quit"
+WORKER = "accept check_config finish_request get_thread_pool handle handle_error handle_quit"
 STATES = "get_conv_state get_recurrent_state is_recording_past reset update"
 OVERRIDDEN = {
     "server.worker.Worker": f"{WORKER} handle_request load_wsgi run",

@@ -12,8 +12,9 @@ from PIL import ExifTags, Image, ImageChops
 
 from qwenvl_app import process
 from qwenvl_app.errors import BadRequest, TooLarge
+from qwenvl_app.images.pieces import Pieces, opened
 from qwenvl_app.images.samples import Samples, prepare, to_rgb, transparent_color
-from qwenvl_app.images.source import Pieces, opened, source
+from qwenvl_app.images.source import source
 from qwenvl_app.images.structure import check_structure
 
 # Chosen by content, never by name. MPO, a phone's JPEG with a second picture, comes through JPEG.
