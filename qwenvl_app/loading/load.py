@@ -57,9 +57,7 @@ def load(
     _check_weights(report)
     _tell_offload(getattr(model, "hf_device_map", {}))
     model.generation_config = defaults
-    return LoadedModel(
-        model.eval(), *processing.load(directory, model.config, checkpoint.chat_template)
-    )
+    return LoadedModel(model.eval(), *processing.load(checkpoint, model.config))
 
 
 @contextmanager
