@@ -12,11 +12,11 @@ import torch
 from qwenvl_app.cli import doctor
 from qwenvl_app.cli.doctor import Finding, Level
 from qwenvl_app.loading import plan
-from qwenvl_app.loading.checkpoint import DEMO
+from qwenvl_app.loading.checkpoint import DEMO, find
 from qwenvl_app.loading.footprint import measure
 from qwenvl_app.settings import load_settings
 
-NEED = measure(DEMO, "auto", 50e6)
+NEED = measure(find("demo"), "auto", 50e6)
 
 
 def made(free: float, **settings: object) -> plan.Plan:

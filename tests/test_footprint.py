@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig
 
-from qwenvl_app.engine.model import Runner
 from qwenvl_app.engine.pixels import Patcher
-from qwenvl_app.loading.checkpoint import DEMO
+from qwenvl_app.engine.runner import Runner
+from qwenvl_app.loading.checkpoint import Checkpoint, find
 from qwenvl_app.loading.footprint import measure
 from qwenvl_app.loading.load import load
 from qwenvl_app.loading.processing import image_processor
@@ -27,7 +27,7 @@ PIXELS = {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
 def test_the_embedded_model_takes_what_was_foreseen():
     """Parameters, bytes and the KV cache's token, against the loaded model itself."""
     model = load("demo").model
-    need = measure(DEMO, "auto", BIG)
+    need = measure(find("demo"), "auto", BIG)
     parameters = sum(p.numel() for p in model.parameters())
     assert need.parameters == parameters
     assert need.weights == sum(p.numel() * p.element_size() for p in model.parameters())
@@ -38,7 +38,7 @@ def test_the_embedded_model_takes_what_was_foreseen():
     sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
     assert need.layers == sum(sizes)
     assert need.layer == max(sizes)
-    half = measure(DEMO, "bfloat16", BIG)
+    half = measure(find("demo"), "bfloat16", BIG)
     assert (half.weights, half.kv_token) == (need.weights // 2, need.kv_token // 2)
 
 
@@ -47,7 +47,7 @@ def write(
     config: dict[str, Any],
     tensors: Mapping[str, tuple[str, list[int]]],
     processor: dict[str, Any] = PIXELS,
-) -> Path:
+) -> Checkpoint:
     """A checkpoint of headers alone, in two files."""
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "preprocessor_config.json").write_text(json.dumps(processor))
@@ -61,7 +61,7 @@ def write(
                 header[name] = {"dtype": tensors[name][0], "shape": tensors[name][1]}
         data = json.dumps(header).encode()
         (directory / file).write_bytes(len(data).to_bytes(8, "little") + data)
-    return directory
+    return Checkpoint(directory, config)
 
 
 EIGHT = {"a": ("BF16", [2000, 2_191_781]), "b": ("BF16", [2000, 2_191_781])}
@@ -133,7 +133,7 @@ def test_the_limits_are_those_that_the_processor_takes(tmp_path: Path, settings,
     files = write(tmp_path, real_shape.config(), EIGHT, settings)
     need = measure(files, "auto", 50e6)
     assert need.pixels == pixels
-    processor = image_processor(files)
+    processor = image_processor(files.directory)
     areas = []
     for picture in (Image.new("RGB", (2000, 2000)), Image.new("RGB", (64, 64))):
         made = processor(images=[picture], return_tensors="pt")
@@ -193,8 +193,9 @@ def test_quantised_weights(tmp_path: Path, method: str, tensor, expands: bool | 
 
 
 def test_a_smaller_limit_on_pictures(tmp_path: Path):
-    need = measure(write(tmp_path, real_shape.config(), EIGHT), "auto", 50e6)
+    files = write(tmp_path, real_shape.config(), EIGHT)
+    need = measure(files, "auto", 50e6)
     assert need.at(need.pixels) == need.at(1e9) == need
     half = need.at(need.pixels / 2)
     assert (half.patches, half.picture_tokens) == (need.patches // 2, need.picture_tokens // 2)
-    assert half == measure(tmp_path, "auto", need.pixels / 2)
+    assert half == measure(files, "auto", need.pixels / 2)

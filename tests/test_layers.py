@@ -30,6 +30,7 @@ LAYERS = [
             "qwenvl_app.errors",
             "qwenvl_app.generation",
             "qwenvl_app.logs",
+            "qwenvl_app.process",
             "qwenvl_app.version",
         ),
     ),

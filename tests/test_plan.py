@@ -9,7 +9,7 @@ import pytest
 
 from qwenvl_app.loading import footprint, plan
 from qwenvl_app.loading.footprint import Footprint
-from qwenvl_app.loading.plan import GIB, MIB, Plan
+from qwenvl_app.loading.plan import GIB, MIB, MemoryPlan
 from qwenvl_app.settings import load_settings
 from tests import real_shape
 
@@ -55,7 +55,9 @@ M32 = published(5120, 64, 33.4e9, heads=64)
 CARDS = {"16": 15.6, "L4": 22.0, "24": 23.4, "48": 47.0, "80": 79.0}
 
 
-def make(need: Footprint, *free: float, cpu: bool = False, host: float = 0, **changes) -> Plan:
+def make(
+    need: Footprint, *free: float, cpu: bool = False, host: float = 0, **changes
+) -> MemoryPlan:
     sizes = [int(each * GIB) for each in free]
     return plan.make(need, load_settings({}, **changes), sizes, cpu=cpu, host=int(host * GIB))
 
@@ -79,8 +81,8 @@ def test_cards(need: Footprint, together: dict[str, int | None]):
         found[card] = None if made.problem else made.together
         assert not made.tight
         if not made.problem:
-            assert made.known == 512 * MIB
-            taken = need.weights + made.room + made.known + MARGIN
+            assert made.prefix_cache == 512 * MIB
+            taken = need.weights + made.room + made.prefix_cache + MARGIN
             assert taken <= free * GIB, card  # nothing is promised twice
     assert found == together
 
@@ -170,7 +172,7 @@ def test_a_cache_that_is_too_small_by_choice():
 
 
 def test_known_pictures_make_way():
-    assert make(M8, 20.6).known < 512 * MIB
+    assert make(M8, 20.6).prefix_cache < 512 * MIB
     assert not make(M8, 20.6).problem
 
 
@@ -201,7 +203,7 @@ def test_several_gpus_leave_room_for_each_layers_keys():
     first, second = made.max_memory[0], made.max_memory[1]
     assert first + second >= M8.weights + M8.layer  # a layer is not divided
     for limit, free, tower in ((first, 15.6, M8.tower.peak(M8.patches)), (second, 15.6, 0)):
-        keys = (made.room + made.known) * limit / M8.layers
+        keys = (made.room + made.prefix_cache) * limit / M8.layers
         assert limit + keys + tower <= free * GIB
     assert made.max_memory["cpu"] == 64 * GIB
     assert make(M8, 23.4, host=64).max_memory is None
@@ -235,7 +237,7 @@ def test_a_compiled_step_shares_with_nobody():
     assert not made.shared
     assert made.patch == (0, 0)
     tokens = made.tokens * M8.token
-    assert M8.weights + tokens + M8.tower.peak(M8.patches) + made.known + MARGIN <= 47 * GIB
+    assert M8.weights + tokens + M8.tower.peak(M8.patches) + made.prefix_cache + MARGIN <= 47 * GIB
     assert made.tokens < make(M8, 47).tokens
 
 

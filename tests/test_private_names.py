@@ -41,7 +41,7 @@ from transformers import AttentionInterface
 import qwenvl_app
 from qwenvl_app.engine.cpu import PackedLinear
 from qwenvl_app.engine.memory import place
-from qwenvl_app.engine.model import Runner
+from qwenvl_app.engine.runner import Runner
 from qwenvl_app.errors import is_out_of_memory
 from qwenvl_app.loading.load import load
 from qwenvl_app.server.connection import Connection

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from qwenvl_app.engine.kv_cache import BLOCK, Layout, State
+from qwenvl_app.engine.kv_cache import BLOCK
+from qwenvl_app.engine.layout import Layout, State
 from qwenvl_app.engine.recurrent import RecurrentCache
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from qwenvl_app import process
 from qwenvl_app.backends import Generation, require_ready
 from qwenvl_app.errors import LoadStopped, ModelLoadError, Unavailable, is_out_of_memory
 from qwenvl_app.generation import BackendStats, GenerationRequest, Phase, Status
@@ -99,13 +100,12 @@ class LocalBackend:
 
         settings = self._settings
         compiled = settings.compile == "on"
-        cpu.use_threads(settings.cpu_threads)
+        process.use_threads(settings.cpu_threads)
         self._say("looking for the checkpoint")
-        directory = checkpoint.find(settings.model, say=self._say)
-        checkpoint.check(directory)
-        plan = devices.make_plan(directory, settings)
+        found = checkpoint.find(settings.model, say=self._say)
+        plan = devices.make_plan(found, settings)
         loaded = load.load(
-            str(directory),
+            found,
             device=settings.device,
             dtype=settings.dtype,
             attention=settings.attention,
@@ -117,7 +117,7 @@ class LocalBackend:
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,
             kv_cache_bytes=plan.kv_cache,
-            prefix_cache_bytes=plan.known,
+            prefix_cache_bytes=plan.prefix_cache,
             prefill_chunk=settings.prefill_chunk,
             patch_bytes=plan.patch,
             compiled=compiled,

@@ -11,18 +11,19 @@ from dataclasses import dataclass
 import torch
 
 from qwenvl_app.engine.executor import FAILED, Executor, Outcome
+from qwenvl_app.engine.intake import Intake
 from qwenvl_app.engine.memory import gpu_memory
-from qwenvl_app.engine.model import LoadedModel, Runner, prepare
-from qwenvl_app.engine.prefix_cache import PrefixCache, image_key
-from qwenvl_app.engine.sampling import Sampler, repeats_itself
-from qwenvl_app.engine.scheduler import Plan, Scheduler
+from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.prefix_cache import PrefixCache
+from qwenvl_app.engine.runner import Runner
+from qwenvl_app.engine.sampling import repeats_itself
+from qwenvl_app.engine.scheduler import Scheduler, Step
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.errors import (
     DeadlineExceeded,
     InternalError,
     ModelLoadError,
     ServiceError,
-    TooLarge,
     Unavailable,
     is_out_of_memory,
 )
@@ -56,7 +57,7 @@ class Engine:
     """
 
     def __init__(self, loaded: LoadedModel, options: EngineOptions):
-        self._loaded, self._options = loaded, options
+        self._options = options
         self._runner = Runner(loaded.model, compiled=options.compiled)
         token = self._runner.layout.token_bytes
         self._budget = self._runner.layout.room(options.kv_cache_bytes, options.slots)
@@ -73,12 +74,12 @@ class Engine:
             self._runner.depth,
             (options.patch_bytes[0] / token, options.patch_bytes[1] / token),
         )
-        self.prefixes = PrefixCache(options.prefix_cache_bytes)
+        whole = bool(self._runner.layout.states)
+        self.prefixes = PrefixCache(options.prefix_cache_bytes, whole=whole)
         room = self._scheduler.cache_room
         self._executor = Executor(self._runner, self.prefixes, self._budget, room)
-        self._salt = repr(sorted(loaded.image_processor.to_dict().items()))
-        ends = loaded.model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends])
+        most = options.max_new_tokens
+        self._intake = Intake(loaded, self._runner, self._scheduler, self.prefixes, most)
         self._inbox: deque[Sequence] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -130,7 +131,7 @@ class Engine:
         InternalError when the engine has failed for good.
         """
         arrived = time.monotonic()
-        sequence = self._prepare(request, arrived)
+        sequence = self._intake(request, arrived)
         with self._wake:
             if self.failure:
                 raise InternalError(FAILED)
@@ -155,29 +156,6 @@ class Engine:
         self._thread.join(_PATIENCE_S)
         if self._thread.is_alive():
             log.error("the engine's thread is stuck in a step and is left behind")
-
-    def _prepare(self, request: GenerationRequest, arrived: float) -> Sequence:
-        loaded, sampling = self._loaded, request.sampling
-        inputs = prepare(loaded, request)
-        patches = len(inputs.image_tokens) * self._runner.merge**2
-        longest = min(self._runner.max_length, self._scheduler.room(patches))
-        room = longest - len(inputs.ids)
-        if room < 1:
-            raise TooLarge(
-                f"图片和提示词共 {len(inputs.ids)} 个 token，超过 {max(0, longest - 1)} 个的限制。"
-            )
-        prefix = None
-        layout, length = self._runner.layout, inputs.image_tokens.stop
-        if layout.bytes(length, 1) <= self.prefixes.budget:
-            inputs.boundary = length if layout.states else 0
-            inputs.image_key = image_key(request.images[0], self._salt)
-            prefix = self.prefixes.get(inputs.image_key)
-        if prefix is None:
-            inputs.pixels = loaded.patcher.patches(request.images[0])
-        most = self._options.max_new_tokens
-        limit = min(sampling.max_new_tokens or most, most, room)
-        sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)
-        return Sequence(request, inputs, sampler, limit, loaded.detokenizer(), arrived, prefix)
 
     # From here on: the engine's thread.
 
@@ -229,7 +207,7 @@ class Engine:
         finally:
             self.step_began = None
 
-    def _schedule(self) -> Plan[Sequence]:
+    def _schedule(self) -> Step[Sequence]:
         now = time.monotonic()
         for sequence in [*self._scheduler.rows, *self._scheduler.waiting]:
             if sequence.cancelled:
@@ -238,30 +216,40 @@ class Engine:
                 self._end(sequence, DeadlineExceeded())
         for sequence in self._scheduler.admit():
             sequence.start()
-            if sequence.prefix is None and sequence.image_key is not None:
-                sequence.prefix = self.prefixes.peek(sequence.image_key)
+            self._look_again(sequence)
         self._executor.restore_prefixes(self._scheduler.rows)
-        return self._scheduler.plan()
+        return self._scheduler.next_step()
+
+    def _look_again(self, sequence: Sequence) -> None:
+        """While it waited, what it goes on from may have been computed for somebody else."""
+        if sequence.prefix_key is None:
+            return
+        found = self.prefixes.peek(sequence.inputs.text())
+        if found and (sequence.prefix is None or found.length > sequence.prefix.length):
+            sequence.prefix = found
+            for image in sequence.inputs.images:
+                if image.tokens.stop <= found.length:
+                    image.pixels = None
 
     def _post_process(self, outcomes: list[Outcome]) -> None:
-        for sequence, outcome in outcomes:
+        for outcome in outcomes:
+            sequence = outcome.sequence
             try:
-                end = self._take(sequence, outcome)
+                end = self._take(outcome)
             except Exception:
                 log.exception("post-processing failed (request %s)", sequence.request_id)
                 end = InternalError(FAILED)
             if end is not None:
                 self._end(sequence, end)
 
-    def _take(
-        self, sequence: Sequence, outcome: int | ServiceError
-    ) -> FinishReason | ServiceError | None:
+    def _take(self, outcome: Outcome) -> FinishReason | ServiceError | None:
         """Add a token to its sequence; how that ends, if it does."""
-        if isinstance(outcome, ServiceError):
-            return outcome
-        sequence.append(outcome)
+        sequence = outcome.sequence
+        if isinstance(outcome.token, ServiceError):
+            return outcome.token
+        sequence.append(outcome.token, outcome.score)
         tokens, params = sequence.tokens, sequence.params
-        if tokens[-1] in self._ends and not params.ignore_eos:
+        if tokens[-1] in self._intake.ends and not params.ignore_eos:
             return FinishReason.STOP
         if len(tokens) >= sequence.limit:
             return FinishReason.LENGTH
@@ -271,6 +259,8 @@ class Engine:
         return None
 
     def _end(self, sequence: Sequence, how: FinishReason | ServiceError) -> None:
+        if isinstance(how, FinishReason):  # before whoever goes on from it can ask
+            self._executor.keep(sequence, self._scheduler.rows)
         moved = self._scheduler.remove(sequence)
         sequence.finish(how)
         if isinstance(how, FinishReason) and how is not FinishReason.CANCELLED:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from pathlib import Path
 
 import psutil
 import torch
@@ -12,6 +11,7 @@ import torch
 from qwenvl_app.engine.memory import free_memory
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading import plan
+from qwenvl_app.loading.checkpoint import Checkpoint
 from qwenvl_app.loading.footprint import Footprint
 from qwenvl_app.loading.footprint import measure as measure_files
 from qwenvl_app.settings import Settings
@@ -38,14 +38,14 @@ def keeps_fp8(device: str) -> bool:
     return bool(found) and able and importlib.util.find_spec("kernels") is not None
 
 
-def measure(directory: Path, settings: Settings) -> Footprint:
-    """The footprint of a checkpoint that ``checkpoint.check`` has found whole, on its devices.
+def measure(checkpoint: Checkpoint, settings: Settings) -> Footprint:
+    """The footprint of ``checkpoint`` on the devices that it goes to.
 
     Raises ModelLoadError.
     """
     try:
         return measure_files(
-            directory,
+            checkpoint,
             settings.dtype,
             settings.max_image_megapixels * 1e6,
             cpu=not gpus(settings.device),
@@ -59,9 +59,9 @@ def measure(directory: Path, settings: Settings) -> Footprint:
         ) from None
 
 
-def make_plan(directory: Path, settings: Settings) -> plan.Plan:
+def make_plan(checkpoint: Checkpoint, settings: Settings) -> plan.MemoryPlan:
     """The plan for what is free now; it is logged. Raises ModelLoadError if it can't work."""
-    need = measure(directory, settings)
+    need = measure(checkpoint, settings)
     host = free_memory(torch.device("cpu"))
     if found := gpus(settings.device):
         free = [free_memory(gpu) for gpu in found]

@@ -17,6 +17,7 @@ from typing import Any
 
 from qwenvl_app.engine import cpu as cpu_layout
 from qwenvl_app.engine.pixels import pixel_limits
+from qwenvl_app.loading.checkpoint import Checkpoint
 from qwenvl_app.loading.processing import image_processor
 from qwenvl_app.loading.weights import weight_files
 
@@ -86,7 +87,7 @@ class Footprint:
 
 
 def measure(
-    directory: Path,
+    checkpoint: Checkpoint,
     dtype: str,
     max_pixels: float,
     *,
@@ -94,15 +95,18 @@ def measure(
     eager: bool = False,
     expands_fp8: bool | None = None,
 ) -> Footprint:
-    """The footprint of a checkpoint that ``checkpoint.check`` has found whole.
+    """The footprint of ``checkpoint``.
 
     ``dtype`` as in the settings; ``max_pixels`` is the service's own limit on pictures. ``cpu``: it
     runs there; ``eager``: so does attention; ``expands_fp8``: what is stored in fp8 is turned to
     ``dtype``, as transformers does where no kernel can multiply it (default: on a CPU).
     """
-    config = _json(directory / "config.json")
-    text, vision = config.get("text_config", config), config["vision_config"]
-    dtype = _dtype(config, text) if dtype == "auto" else dtype
+    directory, text, vision = (
+        checkpoint.directory,
+        checkpoint.text,
+        checkpoint.config["vision_config"],
+    )
+    dtype = _dtype(checkpoint.config, text) if dtype == "auto" else dtype
     size = _SIZES[dtype]
     side, merged = vision["patch_size"], vision.get("spatial_merge_size", 2) ** 2
     pixels = _pixels(image_processor(directory), max_pixels)
@@ -112,7 +116,7 @@ def measure(
     attending = sum(kind != _LINEAR for kind in _layers(text))
     return Footprint(
         dtype=dtype,
-        **_weights(directory, config, size, cpu=cpu, expands_fp8=expands_fp8),
+        **_weights(checkpoint, size, cpu=cpu, expands_fp8=expands_fp8),
         tokenizer=_TOKENIZER * _length(directory / "tokenizer.json"),
         kv_token=attending * keys,
         attention_token=2 * heads * head * size + keys // 2,
@@ -123,20 +127,20 @@ def measure(
         picture_tokens=pixels // side**2 // merged,
         pixels=pixels,
         tower=_tower(vision, text["hidden_size"] // merged, size, cpu=cpu, eager=eager),
-        quantised=_quantised(config),
+        quantised=checkpoint.quantised,
     )
 
 
 def _weights(
-    directory: Path, config: dict[str, Any], size: int, *, cpu: bool, expands_fp8: bool | None
+    checkpoint: Checkpoint, size: int, *, cpu: bool, expands_fp8: bool | None
 ) -> dict[str, int]:
     """What is known of them from the headers alone."""
-    text = config.get("text_config", config)
+    config, text = checkpoint.config, checkpoint.text
     expands = cpu if expands_fp8 is None else expands_fp8
     parameters, undivided = 0, Counter[str]()
     embedding = unread = mapped = 0
-    for name, count, stored in _tensors(directory):
-        taken = count * _in_memory(stored, size, config, expands_fp8=expands)
+    for name, count, stored in _tensors(checkpoint.directory):
+        taken = count * _in_memory(stored, size, checkpoint, expands_fp8=expands)
         parameters += count
         layer = _LAYER.match(name)
         undivided[layer[0] if layer else name] += taken
@@ -169,18 +173,13 @@ def _dtype(config: dict[str, Any], text: dict[str, Any]) -> str:
     return own if own in _SIZES else "float32"
 
 
-def _quantised(config: dict[str, Any]) -> str | None:
-    method: str | None = (config.get("quantization_config") or {}).get("quant_method")
-    return method
-
-
-def _in_memory(stored: str, size: int, config: dict[str, Any], *, expands_fp8: bool) -> int:
+def _in_memory(stored: str, size: int, checkpoint: Checkpoint, *, expands_fp8: bool) -> int:
     """Bytes of an element that is stored so, once the model runs."""
     if stored in _FLOATS:
         return size
-    method = _quantised(config)
+    method = checkpoint.quantised
     if method == "compressed-tensors":  # which are taken apart at the first step
-        groups = config["quantization_config"].get("config_groups") or {}
+        groups = checkpoint.config["quantization_config"].get("config_groups") or {}
         bits = [(group.get("weights") or {}).get("num_bits", 8) for group in groups.values()]
         return 32 // min(bits, default=8) * size if stored == "I32" else size
     if method == "fp8" and expands_fp8 and stored.startswith("F8"):
@@ -249,8 +248,3 @@ def _tensors(directory: Path) -> Iterator[tuple[str, int, str]]:
 
 def _length(file: Path) -> int:
     return file.stat().st_size if file.is_file() else 0
-
-
-def _json(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content

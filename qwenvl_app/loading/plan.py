@@ -28,13 +28,13 @@ _NO_ROOM = "the largest allowed picture does not fit beside the weights"
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Bytes. ``problem`` is why it can't work, ``tight`` what may fail when all slots are busy."""
 
     need: Footprint
     settings: Settings
     free: int  # of all devices
-    known: int = 0  # for pictures that were asked about before
+    prefix_cache: int = 0  # for pictures that were asked about before
     room: int = 0  # for the KV cache, and for the tower if that shares it
     shared: bool = True
     tokens: int = 0  # in the KV cache
@@ -78,7 +78,7 @@ class Plan:
         need, slots, settings = self.need, self.settings.max_concurrency, self.settings
         pixels = settings.max_image_megapixels * 1e6
         tokens = slots * _tokens(need, settings)
-        known = min(self.known, slots * need.picture_tokens * need.kv_token)
+        known = min(self.prefix_cache, slots * need.picture_tokens * need.kv_token)
         idle = base + LIBRARIES + need.tokenizer + _weights(need) + need.read - need.unread
         decoding = slots * picture(need, settings)
         encoding = slots * (DECODED * pixels + FLOATS * need.pixels) + need.tower.peak(need.patches)
@@ -95,7 +95,7 @@ class Plan:
         text = (
             f"{gib(max(0, self.free))} free; weights {gib(_weights(need) - self.offloaded)}, "
             f"vision tower up to {gib(need.tower.peak(need.patches))}, known pictures up to "
-            f"{gib(self.known)}, KV cache up to {gib(self.kv_cache)} "
+            f"{gib(self.prefix_cache)}, KV cache up to {gib(self.kv_cache)} "
             f"({self.tokens:,} tokens of {need.kv_token / 1024:.0f} KiB"
             f"{', less what the tower takes' if self.shared else ''})"
         )
@@ -110,13 +110,13 @@ class Plan:
 
 def make(
     need: Footprint, settings: Settings, free: Sequence[int], *, cpu: bool, host: int = 0
-) -> Plan:
+) -> MemoryPlan:
     """The plan for GPUs with so much ``free`` each, or for the CPU.
 
     ``host``: what the machine has for weights that no GPU has room for; 0: they have to fit.
     """
 
-    def attempt(more: Settings, megapixels: float | None = None) -> Plan:
+    def attempt(more: Settings, megapixels: float | None = None) -> MemoryPlan:
         smaller = need if megapixels is None else need.at(megapixels * 1e6)
         return _plan(smaller, more, free, cpu=cpu, host=host)
 
@@ -162,14 +162,14 @@ def gib(size: float) -> str:
 
 def _plan(
     need: Footprint, settings: Settings, free: Sequence[int], *, cpu: bool, host: int
-) -> Plan:
+) -> MemoryPlan:
     """Without advice."""
     slots, weights = settings.max_concurrency, _weights(need)
     pictures = picture(need, settings) if cpu else 0
     # A compiled step has no use for a cache that grows and shrinks with what lives.
     alone = len(free) == 1 and settings.compile == "off"
     shared = alone and not settings.kv_cache_mb
-    plan = Plan(need, settings, sum(free), shared=shared)
+    plan = MemoryPlan(need, settings, sum(free), shared=shared)
     least = _least(need, settings, shared=shared)
     # Layers go to a device as a whole: on each but the last, less than one may find no place.
     spare = sum(_usable(need, settings, free, cpu=cpu)) - weights - (len(free) - 1) * need.layer
@@ -181,8 +181,8 @@ def _plan(
     if spare < least + pictures:
         own = "QWENVL_KV_CACHE_MB does not fit beside the weights"
         return replace(plan, problem=own if settings.kv_cache_mb else _NO_ROOM)
-    known = min(settings.prefix_cache_mb * MIB, spare - least - pictures)
-    room = spare - known - slots * pictures
+    prefix_cache = min(settings.prefix_cache_mb * MIB, spare - least - pictures)
+    room = spare - prefix_cache - slots * pictures
     if room < least:
         room = least
         plan = replace(plan, tight="the largest picture in every slot at once does not fit")
@@ -191,27 +191,27 @@ def _plan(
         # Each layer's keys lie beside its weights, so that there must be place for both.
         usable = sum(_usable(need, settings, free, cpu=cpu)) - _beside(need, settings)
         share = usable / (weights - plan.offloaded + (len(free) - 1) * need.layer) - 1
-        room = min(room, int(share * need.layers) - known)
+        room = min(room, int(share * need.layers) - prefix_cache)
     tokens = _asked(need, settings) or room // need.token
     if tokens < _tokens(need, settings):
         if not settings.kv_cache_mb:
             return replace(plan, problem=_NO_ROOM)
         why = "QWENVL_KV_CACHE_MB is too small for the largest request: it is refused"
         plan = replace(plan, tight=why)
-    plan = replace(plan, known=known, room=room, tokens=tokens)
+    plan = replace(plan, prefix_cache=prefix_cache, room=room, tokens=tokens)
     if len(free) == 1 and not plan.offloaded:
         return plan
     return replace(plan, max_memory=_limits(plan, _usable(need, settings, free, cpu=cpu), host))
 
 
-def _limits(plan: Plan, usable: list[int], host: int) -> dict[int | str, int]:
+def _limits(plan: MemoryPlan, usable: list[int], host: int) -> dict[int | str, int]:
     """Of weights, for accelerate: ``usable`` less the tower, which is on the first, and the KV."""
     need = plan.need
     if len(usable) == 1:
         limits = [_weights(need) - plan.offloaded + need.layer]
     else:
         usable = [usable[0] - _beside(need, plan.settings), *usable[1:]]
-        share = (plan.room + plan.known) / need.layers
+        share = (plan.room + plan.prefix_cache) / need.layers
         limits = [math.ceil(size / (1 + share)) for size in usable]
     return {**dict(enumerate(limits)), "cpu": host}
 
@@ -264,7 +264,7 @@ def _most(need: Footprint, settings: Settings) -> int:
     return tokens * need.token + need.tower.peak(need.patches) + features
 
 
-def _is_good(plan: Plan) -> bool:
+def _is_good(plan: MemoryPlan) -> bool:
     return not (plan.problem or plan.tight)
 
 

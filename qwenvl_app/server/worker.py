@@ -9,7 +9,6 @@ says why there is no TLS.
 from __future__ import annotations
 
 import os
-import resource
 import selectors
 import socket
 import sys
@@ -24,6 +23,7 @@ from gunicorn.http import Request
 from gunicorn.http.errors import InvalidHeader
 from gunicorn.workers.gthread import ThreadWorker
 
+from qwenvl_app import process
 from qwenvl_app.errors import ServiceError
 from qwenvl_app.server import listeners, options
 from qwenvl_app.server.connection import Connection
@@ -127,7 +127,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def run(self) -> None:
         """Serve until told to stop; then answer everybody, and return."""
-        _allow_files(self.worker_connections + _OTHER_FILES)
+        process.allow_files(self.worker_connections + _OTHER_FILES)
         settings = current()
         limits = Limits.of(settings, self.cfg)
         self.refuser = Refusals(self._count, settings.trusted_hops)
@@ -218,11 +218,3 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 def _lacks_host(req: Request) -> bool:
     """RFC 9112, section 3.2: such a request of HTTP/1.1 is to be answered with 400."""
     return req.version >= (1, 1) and not any(name == "HOST" for name, _ in req.headers)
-
-
-def _allow_files(wanted: int) -> None:
-    """Raise the limit on open files, often 1,024, as far as need be and may be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -19,6 +19,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from qwenvl_app import process
 from qwenvl_app.generation import BackendStats, FinishReason, Phase, Status
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.record import RequestRecord
@@ -63,8 +64,7 @@ REASONS = {
     "internal": 500,
 }
 
-# The process would otherwise double its series with the time at which each began.
-prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+process.omit_created_series()
 
 
 class Metrics:

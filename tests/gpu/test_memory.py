@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,10 +17,13 @@ import torch
 from PIL import Image
 
 from qwenvl_app.engine.engine import Engine
+from qwenvl_app.engine.inputs import prepare
 from qwenvl_app.engine.kv_cache import SlotCache
-from qwenvl_app.engine.model import LoadedModel, Runner, prepare
+from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.runner import Runner
 from qwenvl_app.errors import Unavailable
 from qwenvl_app.loading import footprint
+from qwenvl_app.loading.checkpoint import find
 from qwenvl_app.loading.load import load
 from tests import real_shape
 from tests.engines import OPTIONS, finish, request
@@ -87,7 +89,7 @@ class Measured:
     weights: int
 
     def predicted(self, pixels: int) -> footprint.Footprint:
-        return footprint.measure(self.directory, "auto", pixels, cpu=False)
+        return footprint.measure(find(str(self.directory)), "auto", pixels, cpu=False)
 
 
 @pytest.fixture(scope="module")
@@ -141,29 +143,20 @@ def test_the_kv_cache(measured, tell: Tell):
         assert meter.allocated == before
 
 
-class Job:
-    """As much of a sequence as the runner looks at."""
-
-    def __init__(self, loaded: LoadedModel, image: Image.Image):
-        self.inputs = prepare(loaded, request(image, "x" * 100))
-        self.inputs.pixels = loaded.patcher.patches(image)
-        self.patches = math.prod(self.inputs.grid)
-        self.features = None
-        self.computed = 0
-
-
 def test_the_vision_tower(measured, tell: Tell):
     """From the pixels to what the language model takes."""
     meter, runner = measured.meter, measured.runner
-    job = Job(measured.loaded, Image.effect_noise((1024, 512), 90).convert("RGB"))
+    image = Image.effect_noise((1024, 512), 90).convert("RGB")
+    [span] = prepare(measured.loaded, request(image, "x" * 100)).images
+    span.pixels = measured.loaded.patcher.patches(image)
     with meter.here(), torch.inference_mode():
-        runner.encode([job]).advance(0, runner.depth)  # whatever is made at the first time
+        runner.begin_vision([span]).advance(0, runner.depth)  # whatever is made at the first time
         before = meter.allocated
         meter.restart()
-        features = runner.encode([job]).advance(0, runner.depth)
+        features = runner.begin_vision([span]).advance(0, runner.depth)
     taken = meter.peak - before
-    predicted = measured.predicted(1024 * 512).tower.peak(job.patches)
-    each, expected = (size / job.patches / 1024 for size in (taken, predicted))
+    predicted = measured.predicted(1024 * 512).tower.peak(span.patches)
+    each, expected = (size / span.patches / 1024 for size in (taken, predicted))
     tell(f"{each:.1f} KiB a patch, predicted {expected:.1f}")
     assert features
     assert taken == pytest.approx(predicted, rel=0.15)
