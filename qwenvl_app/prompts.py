@@ -9,11 +9,16 @@ can become a control token (CVE-2026-44222 in vLLM).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from tokenizers import Tokenizer
+
+from qwenvl_app.generation import Message
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -37,10 +42,10 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and for each its kind: 1 where the picture's features go, else 0."""
+    """Token ids, and where in them the features of each picture go, in order."""
 
     input_ids: list[int]
-    token_types: list[int]
+    images: tuple[range, ...]
 
 
 class ChatEncoder:
@@ -110,7 +115,8 @@ class PromptBuilder:
         self._encoder = ChatEncoder(tokenizer)
         vocabulary = tokenizer.get_vocab()
         self._image = vocabulary[IMAGE_PAD]
-        pieces = [self._encoder.encode(piece) for piece in self._render(_PROBE).split(_PROBE)]
+        probe = [Message("user", (Image.new("RGB", (1, 1)), _PROBE))]
+        pieces = [self._encoder.encode(piece) for piece in self._render(probe).split(_PROBE)]
         if [piece.count(self._image) for piece in pieces] != [1, 0]:
             raise ValueError("the chat template does not place one image and the user's text")
         begin, end = (vocabulary.get(mark) for mark in ("<think>", "</think>"))
@@ -119,22 +125,50 @@ class PromptBuilder:
             marks = [token for token in chain(*pieces) if token in (begin, end)]
             self.reasoning = Reasoning(begin, end, begun=marks[-1:] == [begin])
 
-    def build(self, text: str, grid: tuple[int, int, int]) -> Prompt:
-        """Token ids for one picture of ``grid`` (time, rows, columns) patches and ``text``."""
-        ids = self._encoder.encode(self._render(text))
-        patches = grid[0] * grid[1] * grid[2] // self._merged
-        first = ids.index(self._image)
-        types = [0] * (len(ids) - 1 + patches)
-        types[first : first + patches] = [1] * patches
-        ids[first : first + 1] = [self._image] * patches
-        return Prompt(ids, types)
+    def build(
+        self,
+        messages: Many[Message],
+        grids: Many[tuple[int, int, int]],
+        tools: Many[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """Token ids of a conversation whose pictures have ``grids`` (time, rows, columns)."""
+        rendered = self._encoder.encode(self._render(messages, tools, options))
+        ids: list[int] = []
+        images: list[range] = []
+        sizes = iter(grids)
+        for token in rendered:
+            if token != self._image:
+                ids.append(token)
+                continue
+            time, rows, columns = next(sizes)
+            images.append(range(len(ids), len(ids) + time * rows * columns // self._merged))
+            ids += [token] * len(images[-1])
+        return Prompt(ids, tuple(images))
 
-    def _render(self, text: str) -> str:
-        """What the template makes of one picture and ``text``, which is guarded."""
-        content = [{"type": "image"}, {"type": "text", "text": self._encoder.guard(text)}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    def _render(
+        self,
+        messages: Many[Message],
+        tools: Many[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """What the template makes of ``messages``, whose texts are guarded."""
         return str(
             self._tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
+                [self._message(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **(options or {}),
             )
         )
+
+    def _message(self, message: Message) -> dict[str, Any]:
+        content = [
+            {"type": "text", "text": self._encoder.guard(part)}
+            if isinstance(part, str)
+            else {"type": "image"}
+            for part in message.content
+        ]
+        return {"role": message.role, "content": content}

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from PIL import Image
+
+from qwenvl_app.generation import question
+from qwenvl_app.prompts import Prompt, PromptBuilder
+
 _DIRECTORY = Path(__file__).parent / "data" / "templates"
 # By the family's name in config.json.
 FILES = {
@@ -21,3 +26,8 @@ def published(family: str, number: int = 0) -> str:
 
 
 ALL = {path.stem: path.read_text(encoding="utf-8") for path in sorted(_DIRECTORY.glob("*.jinja"))}
+
+
+def build(prompts: PromptBuilder, text: str, grid: tuple[int, int, int]) -> Prompt:
+    """The prompt of one picture and ``text``."""
+    return prompts.build(question(Image.new("RGB", (1, 1)), text), [grid])

@@ -71,7 +71,12 @@ def answered(engine: Engine, asked: list[GenerationRequest]) -> list[Sequence]:
 
 
 @pytest.mark.parametrize(
-    ("attention", "chunk", "prefix"), [("sdpa", 1024, 0), ("eager", 1024, 0), ("sdpa", 50, 2**26)]
+    ("attention", "chunk", "prefix"),
+    [
+        ("sdpa", 50, 2**26),
+        pytest.param("sdpa", 1024, 0, marks=pytest.mark.slow),
+        pytest.param("eager", 1024, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_every_token_is_that_of_generate(wild, gpus, attention, chunk, prefix):
     rng = random.Random(11)
