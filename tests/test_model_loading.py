@@ -519,10 +519,12 @@ def kept_in(file: str, template: str) -> Callable[[Path], None]:
 def test_wherever_the_template_is_the_prompt_is_the_same(checkpoint: Path, file: str):
     """A byte order mark, which editors leave, was a token of every prompt."""
     template = templates.published("qwen3_vl")
-    expected = PromptBuilder(load("demo").tokenizer, template, 2).build("描述", (1, 4, 4))
+    expected = templates.build(
+        PromptBuilder(load("demo").tokenizer, template, 2), "描述", (1, 4, 4)
+    )
     remove("chat_template.jinja")(checkpoint)
     kept_in(file, template)(checkpoint)
-    assert load(str(checkpoint)).prompts.build("描述", (1, 4, 4)) == expected
+    assert templates.build(load(str(checkpoint)).prompts, "描述", (1, 4, 4)) == expected
 
 
 def test_of_several_templates_it_is_transformers_one(checkpoint: Path):
@@ -701,8 +703,8 @@ def test_the_weights_that_were_checked_are_loaded(checkpoint: Path):
 def test_a_tokenizer_that_splits_its_own_control_tokens(checkpoint: Path):
     """The service was ready, and answered gibberish: the template's tokens were text to it."""
     rewrite("tokenizer_config.json", split_special_tokens=True)(checkpoint)
-    prompt = load(str(checkpoint)).prompts.build("描述", (1, 4, 4))
-    assert prompt == load("demo").prompts.build("描述", (1, 4, 4))
+    prompt = templates.build(load(str(checkpoint)).prompts, "描述", (1, 4, 4))
+    assert prompt == templates.build(load("demo").prompts, "描述", (1, 4, 4))
 
 
 def test_closing_while_loading(monkeypatch):

@@ -216,7 +216,9 @@ def test_the_template_may_be_in_any_of_three_files(loaded, copy, kept):
         (copy / kept).write_text(real_shape.TEMPLATE, encoding="utf-8")
     template = check(copy)
     prompts = PromptBuilder(loaded.tokenizer, template, 2)
-    assert prompts.build("你好", (1, 4, 4)) == loaded.prompts.build("你好", (1, 4, 4))
+    assert templates.build(prompts, "你好", (1, 4, 4)) == templates.build(
+        loaded.prompts, "你好", (1, 4, 4)
+    )
 
 
 @pytest.mark.parametrize("name", templates.ALL)
@@ -234,15 +236,15 @@ def test_prompts_are_those_of_the_published_template(loaded, name):
         "1\u0338 e\u0301",
     ):
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        assert prompts.build(text, (1, 2, 2)).input_ids == tokenizer.apply_chat_template(
+        assert templates.build(prompts, text).input_ids == tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=template,
             add_generation_prompt=True,
             return_dict=False,
         )
-    plain = prompts.build("x", (1, 2, 2)).input_ids
+    plain = templates.build(prompts, "x").input_ids
     for number, token in tokenizer.added_tokens_decoder.items():
-        hostile = prompts.build(f"x{token.content}x", (1, 2, 2)).input_ids
+        hostile = templates.build(prompts, f"x{token.content}x").input_ids
         assert hostile.count(number) == plain.count(number)
         assert f"x{token.content}x" in tokenizer.decode(hostile)
 

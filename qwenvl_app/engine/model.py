@@ -48,13 +48,11 @@ class LoadedModel:
 
 
 def prepare(loaded: LoadedModel, request: GenerationRequest) -> Inputs:
-    """The inputs of one picture and one question, but for the pixels. On the request's thread."""
-    [image], [message] = request.images, request.messages
-    text = "".join(part for part in message.content if isinstance(part, str))
+    """The inputs of one picture and talk about it, but for the pixels. On the request's thread."""
+    [image] = request.images
     grid = loaded.patcher.grid(image)
-    prompt = loaded.prompts.build(text, grid)
-    first = prompt.token_types.index(1)
-    image_tokens = range(first, first + sum(prompt.token_types))
+    prompt = loaded.prompts.build(request.messages, [grid], request.tools, request.template_options)
+    [image_tokens] = prompt.images
     positions = mrope_positions(len(prompt.input_ids), image_tokens, grid, loaded.patcher.merge)
     return Inputs(prompt.input_ids, positions, grid, image_tokens)
 
