@@ -237,15 +237,15 @@ def test_prompts_are_those_of_the_published_template(loaded, name):
         "1\u0338 e\u0301",
     ):
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        assert templates.build(prompts, text, (1, 2, 2)).input_ids == tokenizer.apply_chat_template(
+        assert templates.build(prompts, text).input_ids == tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=template,
             add_generation_prompt=True,
             return_dict=False,
         )
-    plain = templates.build(prompts, "x", (1, 2, 2)).input_ids
+    plain = templates.build(prompts, "x").input_ids
     for number, token in tokenizer.added_tokens_decoder.items():
-        hostile = templates.build(prompts, f"x{token.content}x", (1, 2, 2)).input_ids
+        hostile = templates.build(prompts, f"x{token.content}x").input_ids
         assert hostile.count(number) == plain.count(number)
         assert f"x{token.content}x" in tokenizer.decode(hostile)
 
