@@ -24,7 +24,7 @@ from qwenvl_app.engine.inputs import prepare
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sampling import next_tokens
 from qwenvl_app.generation import FinishReason, Phase, SamplingParams
-from qwenvl_app.loading.checkpoint import check
+from qwenvl_app.loading.checkpoint import find
 from qwenvl_app.loading.load import load
 from qwenvl_app.prompts import PromptBuilder
 from qwenvl_app.settings import load_settings
@@ -215,7 +215,7 @@ def test_the_template_may_be_in_any_of_three_files(loaded, copy, kept):
         without(copy, "tokenizer_config.json", "chat_template")
     if kept == "chat_template.jinja":
         (copy / kept).write_text(real_shape.TEMPLATE, encoding="utf-8")
-    template = check(copy)
+    template = find(str(copy)).chat_template
     prompts = PromptBuilder(loaded.tokenizer, template, 2)
     assert templates.build(prompts, "你好", (1, 4, 4)) == templates.build(
         loaded.prompts, "你好", (1, 4, 4)
