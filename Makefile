@@ -4,6 +4,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
+# Python compiles what it imports; pip would compile all of torch and transformers first.
+INSTALL := $(BIN)/pip install --disable-pip-version-check --no-compile
 # MODEL=... works as QWENVL_MODEL=... does.
 ifdef MODEL
 export QWENVL_MODEL := $(MODEL)
@@ -53,9 +55,9 @@ $(VENV)/created:
 	touch $@
 
 $(VENV)/runtime: $(VENV)/created requirements.txt
-	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/created requirements.txt requirements-dev.txt
-	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	touch $@ $(VENV)/runtime

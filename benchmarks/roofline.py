@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from benchmarks.checkpoints import write_checkpoint
+from qwenvl_app import process
 from qwenvl_app.engine import cpu
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.generation import GenerationRequest, SamplingParams, question
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="a file for the figures")
     chosen = parser.parse_args()
-    cpu.use_threads(0)
+    process.use_threads(0)
     with tempfile.TemporaryDirectory() as folder:
         if chosen.model is None:
             write_checkpoint(Path(folder))

@@ -18,10 +18,10 @@ from gunicorn.systemd import sd_notify
 from qwenvl_app import logs
 from qwenvl_app.server import notify
 from qwenvl_app.server.hooks import hook
-from qwenvl_app.settings import SettingsError, load_settings
+from qwenvl_app.settings import SettingsError, load_for_workers
 
 try:
-    _settings = load_settings()
+    _settings = load_for_workers()  # once: the worker and the application take these
 except SettingsError as error:  # one line, and no worker that dies again and again
     sys.stderr.write(f"qwenvl: {error}\n")
     sys.exit(os.EX_CONFIG)  # of its own: gunicorn's 1 is also a port that is in use

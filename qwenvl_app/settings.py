@@ -32,6 +32,9 @@ CONFIG = next(path for path in (_PACKAGE / "config", _PACKAGE.parent / "config")
 DEFAULTS = CONFIG / "default.toml"
 
 
+_for_workers: Settings | None = None
+
+
 class SettingsError(Exception):
     """A setting is unknown or wrong. The message names the key and where it was set."""
 
@@ -89,6 +92,22 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
     Raises SettingsError.
     """
     return explain(environ, **overrides)[0]
+
+
+def load_for_workers() -> Settings:
+    """Load the settings anew, for ``current`` in this process and in those that it forks.
+
+    Called by gunicorn's configuration, in the master: at the start and at a reload. Raises
+    SettingsError.
+    """
+    global _for_workers  # noqa: PLW0603  # what a fork inherits has no other place
+    _for_workers = load_settings()
+    return _for_workers
+
+
+def current() -> Settings:
+    """What ``load_for_workers`` loaded; where nobody called that, loaded now."""
+    return _for_workers or load_settings()
 
 
 def explain(

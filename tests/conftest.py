@@ -12,8 +12,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qwenvl_app import create_app
-from qwenvl_app.engine import cpu
+from qwenvl_app import create_app, process
 from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.settings import Settings, load_settings
@@ -22,7 +21,7 @@ from tests.waiting import until
 from tests.wire import MULTIPART, ROUTE, Answer
 
 # As the service does: two threads on two busy cores spend their time waiting for one another.
-cpu.use_threads(0)
+process.use_threads(0)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -68,7 +67,7 @@ def backend() -> FakeBackend:
 def app(settings: Settings, backend: FakeBackend) -> Iterator[Flask]:
     app = create_app(settings, backend)
     yield app
-    app.extensions["qwenvl"]["departures"].close()
+    app.extensions["qwenvl"]["disconnects"].close()
     admission: Admission = app.extensions["qwenvl"]["admission"]
     assert admission.free == admission.permits, "a permit was not given back"
     assert admission.waiting == 0

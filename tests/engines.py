@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
 from qwenvl_app.engine.engine import Engine, EngineOptions
-from qwenvl_app.engine.model import LoadedModel, prepare
+from qwenvl_app.engine.inputs import prepare
+from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.generation import GenerationRequest, SamplingParams, question
 from tests.waiting import until
@@ -93,18 +94,20 @@ def random_request(rng: random.Random, **sampling) -> GenerationRequest:
 def inputs_of(loaded: LoadedModel, asked: GenerationRequest) -> dict[str, torch.Tensor]:
     """What ``generate`` wants, a batch of one."""
     inputs = prepare(loaded, asked)
-    picture = loaded.patcher.resized(asked.images[0])  # not as Pillow alone would: see pixels.py
-    # A second time it would be resized where the processor admits one area only, as the demo's.
-    features = loaded.image_processor(images=[picture], do_resize=False, return_tensors="pt")
     types = torch.zeros(1, len(inputs.ids), dtype=torch.long)
-    types[:, inputs.image_tokens.start : inputs.image_tokens.stop] = 1
+    for image in inputs.images:
+        types[:, image.tokens.start : image.tokens.stop] = 1
     made = {
         "input_ids": torch.tensor([inputs.ids]),
         "attention_mask": torch.ones_like(types),
         "mm_token_type_ids": types,
-        "pixel_values": features["pixel_values"],
-        "image_grid_thw": features["image_grid_thw"],
     }
+    if asked.images:
+        patcher = loaded.patcher.within(*asked.pixels)
+        # Not as Pillow alone would: see pixels.py.
+        pictures = [patcher.resized(image) for image in asked.images]
+        # A second time they would be resized where the processor admits one area, as the demo's.
+        made |= loaded.image_processor(images=pictures, do_resize=False, return_tensors="pt")
     return {name: tensor.to(loaded.model.device) for name, tensor in made.items()}
 
 

@@ -9,20 +9,20 @@ import pytest
 from qwenvl_app.errors import ClientGone, DeadlineExceeded, ServiceError, Unavailable
 from qwenvl_app.generation import Phase
 from qwenvl_app.service.admission import Admission
-from qwenvl_app.service.deadline import Caller
+from qwenvl_app.service.deadline import Deadline
 from tests.waiting import until
 
 
-def caller(seconds: float = 20) -> Caller:
-    return Caller(time.monotonic() + seconds)
+def deadline(seconds: float = 20) -> Deadline:
+    return Deadline(time.monotonic() + seconds)
 
 
 class Waiter(threading.Thread):
     """Asks for a permit, holds it while ``hold`` is not set, and tells how it went."""
 
-    def __init__(self, admission: Admission, who: Caller | None = None):
+    def __init__(self, admission: Admission, who: Deadline | None = None):
         super().__init__()
-        self.admission, self.caller = admission, who or caller()
+        self.admission, self.deadline = admission, who or deadline()
         self.hold = threading.Event()
         self.entered = threading.Event()
         self.error: ServiceError | None = None
@@ -32,7 +32,7 @@ class Waiter(threading.Thread):
 
     def run(self) -> None:
         try:
-            with self.admission.admit(self.caller):
+            with self.admission.admit(self.deadline):
                 self.entered.set()
                 assert self.hold.wait(20)
         except ServiceError as error:
@@ -47,7 +47,7 @@ class Waiter(threading.Thread):
 
 def test_a_free_permit_costs_no_wait():
     admission = Admission(2, 0, 1)
-    with admission.admit(caller()) as waited:
+    with admission.admit(deadline()) as waited:
         assert waited == 0
         assert admission.free == 1
     assert admission.free == 2
@@ -55,9 +55,9 @@ def test_a_free_permit_costs_no_wait():
 
 def test_nobody_waits_longer_than_the_bound():
     admission = Admission(1, 5, 0.05)
-    with admission.admit(caller()):
+    with admission.admit(deadline()):
         began = time.monotonic()
-        with pytest.raises(Unavailable), admission.admit(caller()):
+        with pytest.raises(Unavailable), admission.admit(deadline()):
             pass
         assert 0.04 < time.monotonic() - began < 5
         assert admission.waiting == 0
@@ -66,11 +66,11 @@ def test_nobody_waits_longer_than_the_bound():
 
 def test_nobody_waits_beyond_the_deadline():
     admission = Admission(1, 5, 20)
-    with admission.admit(caller()):
-        with pytest.raises(DeadlineExceeded), admission.admit(caller(0.05)):
+    with admission.admit(deadline()):
+        with pytest.raises(DeadlineExceeded), admission.admit(deadline(0.05)):
             pass
         assert admission.waiting == 0
-    with pytest.raises(DeadlineExceeded), admission.admit(caller(-1)):
+    with pytest.raises(DeadlineExceeded), admission.admit(deadline(-1)):
         pass
     assert admission.free == 1
 
@@ -80,11 +80,11 @@ def test_first_come_first_served():
     order: list[int] = []
 
     def wait(number: int) -> None:
-        with admission.admit(caller()):
+        with admission.admit(deadline()):
             order.append(number)
 
     threads = []
-    with admission.admit(caller()):
+    with admission.admit(deadline()):
         for number in range(20):
             thread = threading.Thread(target=wait, args=(number,))
             thread.start()
@@ -100,9 +100,9 @@ def test_who_leaves_the_queue_makes_room_in_it_at_once():
     """A client that closed its connection kept its place until its turn came."""
     admission = Admission(1, 2, 20)
     holder, first, second = (Waiter(admission) for _ in range(3))
-    with pytest.raises(Unavailable), admission.admit(caller()):
+    with pytest.raises(Unavailable), admission.admit(deadline()):
         pass
-    first.caller.leave()
+    first.deadline.leave()
     assert admission.waiting == 1
     assert isinstance(first.end(), ClientGone)
     third = Waiter(admission)
@@ -116,11 +116,11 @@ def test_who_leaves_the_queue_makes_room_in_it_at_once():
 
 def test_who_has_left_before_gets_no_place():
     admission = Admission(1, 2, 20)
-    gone = caller()
+    gone = deadline()
     gone.leave()
     with pytest.raises(ClientGone), admission.admit(gone):
         pass
-    with admission.admit(caller()), pytest.raises(ClientGone), admission.admit(gone):
+    with admission.admit(deadline()), pytest.raises(ClientGone), admission.admit(gone):
         pass
     assert (admission.free, admission.waiting) == (1, 0)
 
@@ -129,7 +129,7 @@ def test_a_permit_is_not_handed_to_who_does_not_want_it_any_more():
     """The next one gets it, though the thread of the one before has not woken up yet."""
     admission = Admission(1, 5, 20)
     holder, late, next_ = Waiter(admission), Waiter(admission), Waiter(admission)
-    late.caller.deadline = 0.0
+    late.deadline.at = 0.0
     assert holder.end() is None
     assert next_.entered.wait(10)
     assert next_.end() is None
@@ -155,14 +155,14 @@ def test_draining():
     admission.drain()
     assert admission.draining is first
     assert holder.end() is None
-    with pytest.raises(Unavailable) as refused, admission.admit(caller()):
+    with pytest.raises(Unavailable) as refused, admission.admit(deadline()):
         pass
     assert refused.value.detail == "服务正在停止，请稍后重试。"
     assert (admission.free, admission.waiting) == (1, 0)
 
 
 def retry_after(admission: Admission) -> int | None:
-    with pytest.raises(Unavailable) as refused, admission.admit(caller()):
+    with pytest.raises(Unavailable) as refused, admission.admit(deadline()):
         pass
     return refused.value.retry_after
 
@@ -174,29 +174,29 @@ def test_retry_after_is_what_the_queue_will_take(monkeypatch):
     admission = Admission(2, 0, 20)
 
     def hold(seconds: float) -> None:
-        with admission.admit(Caller(1e9)):
+        with admission.admit(Deadline(1e9)):
             now[0] += seconds
 
-    with admission.admit(Caller(1e9)), admission.admit(Caller(1e9)):
+    with admission.admit(Deadline(1e9)), admission.admit(Deadline(1e9)):
         assert retry_after(admission) == 3  # two permits, and a guess of 5 s
     for _ in range(100):
         hold(12)
-    with admission.admit(Caller(1e9)), admission.admit(Caller(1e9)):
+    with admission.admit(Deadline(1e9)), admission.admit(Deadline(1e9)):
         assert retry_after(admission) == 6
     for _ in range(100):
         hold(12)
     for _ in range(100):  # damaged pictures: given back at once, and no answer
-        with pytest.raises(ValueError, match="damaged"), admission.admit(Caller(1e9)):
+        with pytest.raises(ValueError, match="damaged"), admission.admit(Deadline(1e9)):
             raise ValueError("damaged")
-    with admission.admit(Caller(1e9)), admission.admit(Caller(1e9)):
+    with admission.admit(Deadline(1e9)), admission.admit(Deadline(1e9)):
         assert retry_after(admission) == 6
     for _ in range(100):
         hold(0.01)
-    with admission.admit(Caller(1e9)), admission.admit(Caller(1e9)):
+    with admission.admit(Deadline(1e9)), admission.admit(Deadline(1e9)):
         assert retry_after(admission) == 1
     for _ in range(100):
         hold(1000)
-    with admission.admit(Caller(1e9)), admission.admit(Caller(1e9)):
+    with admission.admit(Deadline(1e9)), admission.admit(Deadline(1e9)):
         assert retry_after(admission) == 60
 
 
@@ -209,7 +209,7 @@ def test_permits_add_up_under_contention():
     def work(number: int) -> None:
         rng = random.Random(number)
         for _ in range(50):
-            who = caller(rng.choice((0.001, 20)))
+            who = deadline(rng.choice((0.001, 20)))
             leave = threading.Timer(rng.random() * 0.003, who.leave)
             if rng.random() < 0.3:
                 leave.start()

@@ -12,7 +12,8 @@ import torch
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import compiled
 from qwenvl_app.engine.cpu import pack
-from qwenvl_app.engine.kv_cache import BLOCK, Layout, SlotCache
+from qwenvl_app.engine.kv_cache import BLOCK, SlotCache
+from qwenvl_app.engine.layout import Layout
 from qwenvl_app.errors import InternalError
 from qwenvl_app.generation import Phase
 from qwenvl_app.loading.load import load

@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from demo.scenes import draw
-from qwenvl_app.engine.model import LoadedModel, Runner, prepare
-from qwenvl_app.engine.vision import Encoding
+from qwenvl_app.engine.inputs import prepare
+from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.runner import Runner
+from qwenvl_app.engine.vision import VisionPass
 from qwenvl_app.errors import DeadlineExceeded, InternalError, TooLarge, Unavailable
 from qwenvl_app.generation import FinishReason, GenerationRequest, Phase
 from qwenvl_app.loading.load import load
@@ -142,13 +143,13 @@ def test_a_large_picture_does_not_stop_the_others(wild):
 
 def test_the_same_picture_is_looked_at_once(wild, monkeypatch):
     seen: list[int] = []
-    real = Encoding.__init__
+    real = VisionPass.__init__
 
-    def counted(self, visual, sequences):
-        seen.append(len(sequences))
-        real(self, visual, sequences)
+    def counted(self, visual, images):
+        seen.append(len(images))
+        real(self, visual, images)
 
-    monkeypatch.setattr(Encoding, "__init__", counted)
+    monkeypatch.setattr(VisionPass, "__init__", counted)
     image = random_image(random.Random(8))
     with running(wild, prefix_cache_bytes=2**26) as engine:
         together = [engine.submit(request(image, f"{n}", max_new_tokens=4)) for n in range(4)]
@@ -163,14 +164,13 @@ def test_the_same_picture_is_looked_at_once(wild, monkeypatch):
 def test_what_is_made_of_a_picture_goes_when_that_is_read(wild):
     """Of several pictures together it was one tensor, which stayed until all were read."""
     runner = Runner(wild.model)
-    jobs = []
+    images = []
     for size in (64, 96):
         image = Image.new("RGB", (size, size), "red")
-        inputs = prepare(wild, request(image, "?"))
-        inputs.pixels = wild.patcher.patches(image)
-        jobs.append(SimpleNamespace(inputs=inputs, patches=len(inputs.pixels)))
+        images += prepare(wild, request(image, "?")).images
+        images[-1].pixels = wild.patcher.patches(image)
     with torch.inference_mode():
-        made = runner.encode(jobs).advance(0, runner.depth)
+        made = runner.begin_vision(images).advance(0, runner.depth)
     parts = [tensor for each in made for tensor in (each.embeds, *each.deepstack)]
     assert len({tensor.untyped_storage().data_ptr() for tensor in parts}) == len(parts)
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in parts)
@@ -378,23 +378,23 @@ def test_want_of_memory_to_keep_a_picture_ends_nobody(wild, monkeypatch, asked, 
         cache = engine._executor.cache
         real, calls = cache.save, []
 
-        def full(row, length):
-            calls.append(row)
+        def full(*arguments):
+            calls.append(1)
             if len(calls) > 1:
                 raise error
-            return real(row, length)
+            return real(*arguments)
 
         monkeypatch.setattr(cache, "save", full)
         pairs = [(engine.submit(each), solo) for each, solo in asked[:8]]
         for sequence, _ in pairs:
             finish(sequence)
-        assert len(calls) == 8
+        assert len(calls) == 16  # the picture, and the answer to it
         assert len(engine.prefixes) == 0
         monkeypatch.setattr(cache, "save", real)
         again = [(engine.submit(each), solo) for each, solo in asked[:4]]
         for sequence, _ in again:
             finish(sequence)
-        assert len(engine.prefixes) == 4
+        assert len(engine.prefixes) == 8
     judge(pairs + again)
 
 

@@ -14,11 +14,11 @@ from qwenvl_app.engine import engine as engines
 from qwenvl_app.engine.drawing import Rng
 from qwenvl_app.engine.executor import Executor
 from qwenvl_app.engine.kv_cache import SlotCache
-from qwenvl_app.engine.model import Runner
 from qwenvl_app.engine.recurrent import RecurrentCache
+from qwenvl_app.engine.runner import Runner
 from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.engine.sequence import Sequence
-from qwenvl_app.engine.vision import Encoding
+from qwenvl_app.engine.vision import VisionPass
 from qwenvl_app.errors import DeadlineExceeded, InternalError, Unavailable
 from qwenvl_app.generation import FinishReason, question
 from qwenvl_app.loading.load import load
@@ -27,10 +27,10 @@ from tests.engines import agrees, finish, generate, random_request, running, spr
 from tests.fakes import prompt_of
 
 FAULTS = [
-    (Runner, "encode"),
+    (Runner, "begin_vision"),
     (Runner, "prefill"),
     (Runner, "decode"),
-    (Encoding, "advance"),
+    (VisionPass, "advance"),
     (Sampler, "process"),
     (Sampler, "append"),
     (Rng, "next"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import random
 import shutil
 import time
@@ -19,8 +18,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import cpu
-from qwenvl_app.engine.model import LoadedModel, Runner, mrope_positions, prepare
-from qwenvl_app.engine.vision import Encoding, Tower
+from qwenvl_app.engine.inputs import prepare
+from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.positions import mrope_positions
+from qwenvl_app.engine.runner import Runner
+from qwenvl_app.engine.vision import VisionPass, VisionTower
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.generation import GenerationRequest, Phase
 from qwenvl_app.loading.checkpoint import FAMILIES
@@ -132,30 +134,38 @@ def test_positions_are_those_of_transformers(wild):
         assert torch.equal(ours.positions, theirs[:, 0])
         # The answer's first token goes on from there.
         assert ours.positions[0, -1] + 1 == len(ours.ids) + delta.item()
-        assert list(ours.grid) == inputs["image_grid_thw"][0].tolist()
-        assert len(wild.patcher.patches(each.images[0])) == math.prod(ours.grid)
-    assert mrope_positions(9, range(2, 6), (1, 4, 4), 2).tolist()[1] == [0, 1, 2, 2, 3, 3, 4, 5, 6]
+        assert list(ours.images[0].grid) == inputs["image_grid_thw"][0].tolist()
+        assert len(wild.patcher.patches(each.images[0])) == ours.images[0].patches
+    assert mrope_positions(9, [(range(2, 6), (1, 4, 4))], 2).tolist()[1] == [
+        0,
+        1,
+        2,
+        2,
+        3,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
 def test_the_vision_tower_in_pieces_is_the_vision_tower(wild):
     rng = random.Random(6)
 
-    class Job:
-        def __init__(self, image):
-            resized = wild.patcher.resized(image)
-            self.pixels = wild.image_processor(images=[resized], return_tensors="pt").pixel_values
-            self.inputs = prepare(wild, request(image, "x"))
-            self.inputs.pixels = wild.patcher.patches(image)
-            self.patches = len(self.inputs.pixels)
-
-    jobs = [Job(random_image(rng)) for _ in range(3)]
+    pictures = [random_image(rng) for _ in range(3)]
+    theirs, spans = [], []
+    for picture in pictures:
+        resized = wild.patcher.resized(picture)
+        theirs.append(wild.image_processor(images=[resized], return_tensors="pt").pixel_values)
+        spans += prepare(wild, request(picture, "x")).images
+        spans[-1].pixels = wild.patcher.patches(picture)
     visual = wild.model.model.visual
     with torch.inference_mode():
         whole = visual(
-            torch.cat([job.pixels for job in jobs]),
-            grid_thw=torch.tensor([job.inputs.grid for job in jobs]),
+            torch.cat(theirs),
+            grid_thw=torch.tensor([span.grid for span in spans]),
         )
-        encoding = Encoding(Tower(visual), jobs)
+        encoding = VisionPass(VisionTower(visual), spans)
         assert encoding.advance(0, 1) is None
         assert encoding.advance(1, 3) is None
         features = encoding.advance(3, 4)
@@ -194,5 +204,5 @@ def test_it_answers_over_http(tmp_path, family: str):
     answer = client.post(ROUTE, data=GOOD, content_type=MULTIPART)
     assert answer.status_code == 200
     assert answer.json["result"]
-    app.extensions["qwenvl"]["departures"].close()
+    app.extensions["qwenvl"]["disconnects"].close()
     backend.close()

@@ -21,7 +21,6 @@ from qwenvl_app.cli import doctor
 from qwenvl_app.cli.doctor import Level
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.generation import Phase
-from qwenvl_app.loading import checkpoint as checkpoints
 from qwenvl_app.loading.checkpoint import find
 from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
@@ -80,7 +79,7 @@ def test_a_model_is_downloaded_once(hub: Hub, published: Path, tmp_path: Path, c
     assert load(NAME).model.config.model_type == "qwen3_vl"
     assert hub.requests == []
     hub.close()
-    assert find(NAME) == directory
+    assert find(NAME).directory == directory
     assert f"revision master of {NAME} is here (newest commit {COMMITS[1]})" in caplog.text
 
 
@@ -198,14 +197,14 @@ def test_a_revision_is_pinned(hub: Hub, published: Path, tmp_path: Path):
     for revision in ("v1.0", COMMITS[0]):
         hub.models[NAME, revision] = old
     find(NAME)
-    assert find(f"{NAME}@v1.0") == cache(tmp_path, "v1.0")
+    assert find(f"{NAME}@v1.0").directory == cache(tmp_path, "v1.0")
     assert json.loads((cache(tmp_path, "v1.0") / "generation_config.json").read_text()) == {
         "eos_token_id": 1
     }
-    assert find(f"{NAME}@{COMMITS[0]}").name == COMMITS[0]
+    assert find(f"{NAME}@{COMMITS[0]}").directory.name == COMMITS[0]
     hub.close()
     for name in (NAME, f"{NAME}@v1.0", f"{NAME}@{COMMITS[0]}"):
-        assert checkpoints.check(find(name))
+        assert find(name).chat_template
 
 
 @pytest.mark.parametrize(

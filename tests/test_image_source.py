@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwenvl_app.images.source import Source, opened, source
+from qwenvl_app.images.pieces import opened
+from qwenvl_app.images.source import Source, source
 from qwenvl_app.images.structure import ExcessiveStructureError
 from tests import pictures as p
 from tests.picture_writers import bmp, ramp, tiff

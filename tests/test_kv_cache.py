@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwenvl_app.engine.kv_cache import BLOCK, Layout, SlotCache
+from qwenvl_app.engine.kv_cache import BLOCK, SlotCache
+from qwenvl_app.engine.layout import Layout
 
 CPU = torch.device("cpu")
 LAYOUT = Layout(heads=2, head_dim=3, dtype=torch.float32, devices=(CPU, CPU))

@@ -30,6 +30,7 @@ LAYERS = [
             "qwenvl_app.errors",
             "qwenvl_app.generation",
             "qwenvl_app.logs",
+            "qwenvl_app.process",
             "qwenvl_app.version",
         ),
     ),
@@ -96,4 +97,5 @@ def test_importing_starts_nothing():
 def test_modules_are_small(module: str):
     path = ROOT / Path(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    most = 250 if module.startswith("qwenvl_app.engine") else 300
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= most

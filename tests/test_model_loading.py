@@ -23,7 +23,7 @@ from qwenvl_app.generation import Phase
 from qwenvl_app.loading import checkpoint as checkpoints
 from qwenvl_app.loading import load as loading
 from qwenvl_app.loading.checkpoint import DEMO
-from qwenvl_app.loading.footprint import measure
+from qwenvl_app.loading.footprint import estimate
 from qwenvl_app.loading.load import load
 from qwenvl_app.prompts import PromptBuilder
 from qwenvl_app.settings import load_settings
@@ -424,7 +424,7 @@ def test_no_permission(file: str, what: str):
         directory = Path(shutil.copytree(DEMO, Path(parent) / "checkpoint"))
         (directory / file).chmod(0)
         with unprivileged(), pytest.raises(ModelLoadError) as error:
-            checkpoints.check(checkpoints.find(str(directory)))
+            checkpoints.find(str(directory))
         (directory / file).chmod(0o755)
     assert str(error.value) == (
         f"{what} cannot be read (Permission denied); it must be readable for the service's user"
@@ -447,7 +447,7 @@ def test_a_wrong_total_size_is_no_reason_to_refuse(checkpoint: Path):
     names = list(load_file(checkpoint / "model.safetensors"))
     content = {"metadata": {"total_size": 7}, "weight_map": dict.fromkeys(names, WEIGHTS)}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(content))
-    checkpoints.check(checkpoint)
+    checkpoints.find(str(checkpoint))
 
 
 def spoil(tensors: dict[str, torch.Tensor]) -> None:
@@ -485,7 +485,7 @@ def test_a_template_in_json_will_do(checkpoint: Path):
     template = (checkpoint / "chat_template.jinja").read_text(encoding="utf-8")
     (checkpoint / "chat_template.jinja").unlink()
     (checkpoint / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    assert checkpoints.check(checkpoint) == template
+    assert checkpoints.find(str(checkpoint)).chat_template == template
 
 
 def kept_in(file: str, template: str) -> Callable[[Path], None]:
@@ -537,7 +537,7 @@ def test_of_several_templates_it_is_transformers_one(checkpoint: Path):
         ("processor", write("processor_config.json", b'{"chat_template": "processor"}')),
     ):
         change(checkpoint)
-        assert checkpoints.check(checkpoint) == source
+        assert checkpoints.find(str(checkpoint)).chat_template == source
 
 
 def wait_for(backend: LocalBackend, phase: Phase) -> None:
@@ -635,10 +635,13 @@ def test_an_image_processor_among_all_processors(checkpoint: Path):
     (checkpoint / "processor_config.json").write_text(json.dumps(newer))
     loaded = load(str(checkpoint))
     assert loaded.patcher.side == settings["patch_size"]
-    assert measure(checkpoint, "auto", 1e9).pixels == settings["size"]["longest_edge"]
+    assert (
+        estimate(checkpoints.find(str(checkpoint)), "auto", 1e9).pixels
+        == settings["size"]["longest_edge"]
+    )
     (checkpoint / "processor_config.json").write_text("{}")
     with pytest.raises(ModelLoadError, match=r"lacks preprocessor_config\.json"):
-        checkpoints.check(checkpoint)
+        checkpoints.find(str(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -683,7 +686,10 @@ def test_of_two_sets_of_weights_the_whole_one_is_used(checkpoint: Path, shards: 
     assert f"there are two sets of weights: {used} is used" in caplog.text
     own = dict(loaded.model.named_parameters())
     assert torch.equal(own[WEIGHT], tensors[WEIGHT])
-    assert measure(checkpoint, "auto", 1e9).weights == measure(DEMO, "auto", 1e9).weights
+    assert (
+        estimate(checkpoints.find(str(checkpoint)), "auto", 1e9).weights
+        == estimate(checkpoints.find("demo"), "auto", 1e9).weights
+    )
 
 
 def test_half_of_the_shards_beside_an_older_file(checkpoint: Path):

@@ -17,7 +17,8 @@ from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
 from qwenvl_app.engine.engine import Engine
-from qwenvl_app.engine.model import LoadedModel, Runner
+from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.runner import Runner
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading.load import load
 from tests.engines import (

@@ -41,7 +41,7 @@ from transformers import AttentionInterface
 import qwenvl_app
 from qwenvl_app.engine.cpu import PackedLinear
 from qwenvl_app.engine.memory import place
-from qwenvl_app.engine.model import Runner
+from qwenvl_app.engine.runner import Runner
 from qwenvl_app.errors import is_out_of_memory
 from qwenvl_app.loading.load import load
 from qwenvl_app.server.connection import Connection
@@ -135,7 +135,7 @@ PRIVATE: dict[str, Callable[[], None]] = {
     "_dynamo": torch_compile_is_told,
 }
 
-WORKER = "accept check_config finish_request get_thread_pool handle_error handle_quit"
+WORKER = "accept check_config finish_request get_thread_pool handle handle_error handle_quit"
 STATES = "get_conv_state get_recurrent_state is_recording_past reset update"
 OVERRIDDEN = {
     "server.worker.Worker": f"{WORKER} handle_request load_wsgi run",

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from transformers import WatermarkingConfig
 
-from qwenvl_app.engine.model import LoadedModel, prepare
+from qwenvl_app.engine.inputs import prepare
+from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.generation import GenerationRequest
 from qwenvl_app.loading.load import load
 from tests.engines import finish, generate, random_image, request, running, spread

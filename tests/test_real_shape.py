@@ -20,7 +20,8 @@ from PIL import Image
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine.detokenizer import Detokenizer
-from qwenvl_app.engine.model import LoadedModel, prepare
+from qwenvl_app.engine.inputs import prepare
+from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sampling import next_tokens
 from qwenvl_app.generation import FinishReason, Phase, SamplingParams
 from qwenvl_app.loading.checkpoint import check
@@ -236,15 +237,15 @@ def test_prompts_are_those_of_the_published_template(loaded, name):
         "1\u0338 e\u0301",
     ):
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        assert templates.build(prompts, text).input_ids == tokenizer.apply_chat_template(
+        assert templates.build(prompts, text, (1, 2, 2)).input_ids == tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=template,
             add_generation_prompt=True,
             return_dict=False,
         )
-    plain = templates.build(prompts, "x").input_ids
+    plain = templates.build(prompts, "x", (1, 2, 2)).input_ids
     for number, token in tokenizer.added_tokens_decoder.items():
-        hostile = templates.build(prompts, f"x{token.content}x").input_ids
+        hostile = templates.build(prompts, f"x{token.content}x", (1, 2, 2)).input_ids
         assert hostile.count(number) == plain.count(number)
         assert f"x{token.content}x" in tokenizer.decode(hostile)
 
@@ -258,20 +259,27 @@ def test_it_answers_over_http(directory):
 
 
 @pytest.mark.parametrize(
-    ("template", "written", "answer", "reasoned"),
+    ("template", "written", "answer", "reasoning"),
     [
-        (THINKING, "想<|im_start|>一想</think>\n\n两个圆。", "两个圆。", True),
-        (THINKING, "<think>\n想一想。\n</think>\n\n \n两个</think>圆。", "两个</think>圆。", True),
-        (THINKING, "</think>两个圆。", "两个圆。", True),
-        (THINKING, "</think>", "", True),
-        (real_shape.TEMPLATE, "<think>\n想一想。\n</think>\n\n两个圆。", "两个圆。", True),
-        (real_shape.TEMPLATE, "\n两个<think>圆</think>。", "\n两个<think>圆</think>。", False),
-        (real_shape.TEMPLATE, "</think>两个圆。", "</think>两个圆。", False),
-        (NOT_THINKING, "两个圆</think>。", "两个圆</think>。", False),
+        (THINKING, "想<|im_start|>一想</think>\n\n两个圆。", "两个圆。", "想一想"),
+        (
+            THINKING,
+            "<think>\n想 🎉\n\n一想。\n</think>\n\n \n两个</think>圆。",
+            "两个</think>圆。",
+            "想 🎉\n\n一想。",
+        ),
+        (THINKING, "</think>两个圆。", "两个圆。", ""),
+        (THINKING, "</think>", "", ""),
+        (real_shape.TEMPLATE, "<think>\n想一想。\n</think>\n\n两个圆。", "两个圆。", "想一想。"),
+        (real_shape.TEMPLATE, "\n两个<think>圆</think>。", "\n两个<think>圆</think>。", None),
+        (real_shape.TEMPLATE, "</think>两个圆。", "</think>两个圆。", None),
+        (NOT_THINKING, "两个圆</think>。", "两个圆</think>。", None),
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])
-def test_the_reasoning_is_no_part_of_the_answer(exact, template, written, answer, reasoned, stream):
+def test_the_reasoning_is_no_part_of_the_answer(
+    exact, template, written, answer, reasoning, stream
+):
     """An Instruct variant has the same two tokens: there they are what is read off a picture."""
     prompts = PromptBuilder(exact.tokenizer, template, 2)
     ids = exact.tokenizer.encode(written)
@@ -287,7 +295,9 @@ def test_the_reasoning_is_no_part_of_the_answer(exact, template, written, answer
     assert "".join(delta.text for delta in deltas) == answer
     usage = deltas[-1].usage
     assert usage.completion_tokens == len(ids) + 1
-    assert usage.reasoning_tokens == (ids.index(IDS["</think>"]) + 1 if reasoned else 0)
+    assert "".join(delta.reasoning for delta in deltas) == (reasoning or "")
+    thought = 0 if reasoning is None else ids.index(IDS["</think>"]) + 1
+    assert usage.reasoning_tokens == thought
     # Nor is a stop string looked for in it.
     assert "".join(delta.text for delta in stopped) == answer.partition("圆")[0]
 
@@ -328,5 +338,5 @@ def served(directory: Path, **changes: int) -> Iterator[FlaskClient]:
     until(lambda: backend.status().phase is not Phase.LOADING, 60)
     app = create_app(settings, backend)
     yield app.test_client()
-    app.extensions["qwenvl"]["departures"].close()
+    app.extensions["qwenvl"]["disconnects"].close()
     backend.close()

@@ -480,7 +480,7 @@ def test_a_client_that_leaves_frees_its_place(app, backend: FakeBackend, caplog,
     assert len(backend.requests) == {"before": 0, "waiting": 4, "generating": 1}[stage]
     backend.go.set()
     assert all(ended(*other)[0] == 200 for other in others)
-    assert app.extensions["qwenvl"]["departures"].watched == 0
+    assert app.extensions["qwenvl"]["disconnects"].watched == 0
     assert not [record for record in caplog.records if record.exc_info]
 
 
@@ -494,13 +494,13 @@ def test_a_client_that_leaves_while_its_picture_is_decoded(app, backend, monkeyp
         return decode_image(data, **limits)
 
     monkeypatch.setattr("qwenvl_app.web.recognize.decode_image", slow)
-    departures = app.extensions["qwenvl"]["departures"]
+    disconnects = app.extensions["qwenvl"]["disconnects"]
     with ours:
         thread, answers = post_with(app, **{"gunicorn.socket": ours})
         assert decoding.wait(10)
-        assert departures.watched == 1
+        assert disconnects.watched == 1
         theirs.close()
-        until(lambda: not departures.watched)
+        until(lambda: not disconnects.watched)
         leave.set()
         assert ended(thread, answers) == GONE
     assert backend.requests == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from qwenvl_app.engine.scheduler import Plan, Scheduler
+from qwenvl_app.engine.scheduler import Scheduler, Step
 
 
 @dataclass(eq=False)
@@ -13,8 +13,8 @@ class Job:
     prompt_length: int = 10
     limit: int = 10
     patches: int = 4
-    image_key: bytes | None = None
-    encoded: bool = False
+    prefix_key: bytes | None = None
+    seen: bool = False
     computed: int = 0
     boundary: int = 0
 
@@ -27,32 +27,32 @@ def scheduler(slots=4, budget=10_000, chunk=16, patches=64, depth=4) -> Schedule
     return Scheduler(slots, budget, chunk, patches, depth)
 
 
-def carry_out(s: Scheduler[Job], depth: int = 4) -> Plan[Job]:
+def carry_out(s: Scheduler[Job], depth: int = 4) -> Step[Job]:
     """A step: what was planned, and a token for all whose prompt is complete."""
-    plan = s.plan()
-    if plan.encode and plan.encode.last == depth:
-        for job in plan.encode.jobs:
-            job.encoded = True
-    for job, width in plan.prefill:
-        assert job.encoded
+    step = s.next_step()
+    if step.vision and step.vision.last == depth:
+        for job in step.vision.jobs:
+            job.seen = True
+    for job, width in step.prefill:
+        assert job.seen
         assert 0 < width <= job.prompt_length - job.computed
         job.computed += width
     for job in s.complete():
         assert job.computed >= job.prompt_length
         job.computed += 1
-    return plan
+    return step
 
 
 def test_a_step_ends_where_a_prefill_has_to():
     """There a copy of what a recurrent layer has read is made, which can't be cut afterwards."""
     s = scheduler(chunk=8)
-    job = Job(prompt_length=20, boundary=11, encoded=True)
+    job = Job(prompt_length=20, boundary=11, seen=True)
     s.waiting.append(job)
     s.admit()
     widths = []
     while job.computed < 20:
-        plan = carry_out(s)
-        widths.append(plan.prefill[0][1])
+        step = carry_out(s)
+        widths.append(step.prefill[0][1])
     assert widths == [8, 3, 8, 1]
 
 
@@ -71,25 +71,25 @@ def test_short_prompts_share_a_step_from_picture_to_prefill():
     jobs = [Job(prompt_length=n) for n in (10, 12, 15)]
     s.waiting.extend(jobs)
     s.admit()
-    plan = carry_out(s)
-    assert plan.encode.jobs == jobs
-    assert (plan.encode.first, plan.encode.last) == (0, 4)
-    assert plan.prefill == [(jobs[0], 10), (jobs[1], 12), (jobs[2], 15)]
+    step = carry_out(s)
+    assert step.vision.jobs == jobs
+    assert (step.vision.first, step.vision.last) == (0, 4)
+    assert step.prefill == [(jobs[0], 10), (jobs[1], 12), (jobs[2], 15)]
     assert [job.computed for job in jobs] == [11, 13, 16]  # and each has its second token
 
 
 def test_a_prefill_is_a_rectangle_within_the_chunk():
     s = scheduler(chunk=32)
-    jobs = [Job(prompt_length=n, encoded=True) for n in (5, 16, 5, 40)]
+    jobs = [Job(prompt_length=n, seen=True) for n in (5, 16, 5, 40)]
     s.waiting.extend(jobs)
     s.admit()
     assert carry_out(s).prefill == [(jobs[0], 5), (jobs[1], 16)]
-    assert s.plan().prefill == [(jobs[2], 5)]
+    assert s.next_step().prefill == [(jobs[2], 5)]
 
 
 def test_a_long_prompt_comes_in_chunks_and_the_others_go_on():
     s = scheduler(chunk=16)
-    short, long = Job(prompt_length=4, encoded=True), Job(prompt_length=40, encoded=True)
+    short, long = Job(prompt_length=4, seen=True), Job(prompt_length=40, seen=True)
     s.waiting.extend([short, long])
     s.admit()
     widths = []
@@ -107,8 +107,8 @@ def test_a_large_picture_goes_through_the_tower_over_several_steps():
     s.admit()
     spans = []
     for _ in range(3):
-        plan = carry_out(s)
-        spans.append((plan.encode.jobs, plan.encode.first, plan.encode.last))
+        step = carry_out(s)
+        spans.append((step.vision.jobs, step.vision.first, step.vision.last))
     assert spans == [([large], 0, 2), ([large], 2, 4), ([small], 0, 4)]
 
 
@@ -119,8 +119,8 @@ def test_one_that_leaves_in_the_middle_of_the_tower_does_not_hold_up_the_rest():
     s.admit()
     carry_out(s)
     s.remove(large)
-    plan = s.plan()
-    assert (plan.encode.jobs, plan.encode.first, plan.encode.last) == ([small], 0, 4)
+    step = s.next_step()
+    assert (step.vision.jobs, step.vision.first, step.vision.last) == ([small], 0, 4)
 
 
 def test_nobody_is_overtaken_for_ever():
@@ -142,7 +142,7 @@ def test_nobody_is_overtaken_for_ever():
 
 def test_rows_have_no_holes():
     s = scheduler()
-    a, b, c, d = jobs = [Job(encoded=True) for _ in range(4)]
+    a, b, c, d = jobs = [Job(seen=True) for _ in range(4)]
     s.waiting.extend(jobs)
     s.admit()
     assert s.remove(b) == (3, 1)
@@ -164,7 +164,7 @@ def test_the_rectangle_stays_within_the_budget():
 
 def test_a_question_about_a_picture_that_is_just_being_looked_at_waits_a_moment():
     s = scheduler(chunk=64)
-    first, second, other = Job(image_key=b"x"), Job(image_key=b"x"), Job(image_key=b"y")
+    first, second, other = Job(prefix_key=b"x"), Job(prefix_key=b"x"), Job(prefix_key=b"y")
     s.waiting.extend([first, second, other])
     assert s.admit() == [first]
     carry_out(s)
@@ -211,13 +211,13 @@ def sharing(budget: int = 100, patches: int = 8) -> Scheduler[Job]:
 def test_who_is_alone_needs_the_tower_first_and_then_its_tokens():
     """On a 24 GB card both of the largest request, at once, did not fit; but they never are."""
     s = sharing()
-    assert s.room(40) == 100 - 20  # what the tower made of it is kept until it is prefilled
-    assert s.room(41) == 0  # too large for the tower
+    assert s.longest(40) == 100 - 20  # what the tower made of it is kept until it is prefilled
+    assert s.longest(41) == 0  # too large for the tower
     large = Job(prompt_length=70, limit=10, patches=40)
-    small = Job(prompt_length=2, limit=2, patches=1, encoded=True)
+    small = Job(prompt_length=2, limit=2, patches=1, seen=True)
     s.waiting.extend([large, small])
     assert s.admit() == [large]
-    large.encoded, large.computed = True, 70
+    large.seen, large.computed = True, 70
     assert s.admit() == []  # two rows of 80
     s.remove(large)
     assert s.admit() == [small]
@@ -228,7 +228,7 @@ def test_a_picture_waits_for_the_memory_that_the_tower_needs():
     first = Job(prompt_length=20, limit=10, patches=10)
     s.waiting.append(first)
     s.admit()
-    first.encoded, first.computed = True, 20
+    first.seen, first.computed = True, 20
     second, third = Job(limit=20, patches=20), Job(limit=20, patches=15)
     s.waiting.append(second)
     assert s.admit() == []  # two rows of 30, 40 for the tower, 10 for what it makes: 110
@@ -240,16 +240,16 @@ def test_a_picture_waits_for_the_memory_that_the_tower_needs():
 def test_the_cache_may_hold_what_the_pictures_leave():
     """It held on to what it had once needed, and the tower came beside that."""
     s = sharing(budget=200)
-    assert s.cache_room() == 200
-    old = [Job(prompt_length=20, limit=10, patches=10, encoded=True, computed=20) for _ in range(2)]
+    assert s.cache_limit() == 200
+    old = [Job(prompt_length=20, limit=10, patches=10, seen=True, computed=20) for _ in range(2)]
     s.waiting.extend([*old, Job(prompt_length=20, limit=10, patches=30)])
     s.admit()
     new = s.rows[2]
-    assert s.cache_room() == 200 - 60 - 15  # the tower, and what it makes
-    new.encoded = True
-    assert s.cache_room() == 200 - 15
+    assert s.cache_limit() == 200 - 60 - 15  # the tower, and what it makes
+    new.seen = True
+    assert s.cache_limit() == 200 - 15
     new.computed = 20
-    assert s.cache_room() == 200
+    assert s.cache_limit() == 200
 
 
 def test_who_is_alone_may_have_no_tokens_while_its_picture_is_in_the_tower():
@@ -257,9 +257,9 @@ def test_who_is_alone_may_have_no_tokens_while_its_picture_is_in_the_tower():
     job = Job(prompt_length=70, limit=10, patches=40)
     s.waiting.append(job)
     s.admit()
-    assert s.cache_room() == 0
-    job.encoded = True
-    assert s.cache_room() == job.reserved
+    assert s.cache_limit() == 0
+    job.seen = True
+    assert s.cache_limit() == job.reserved
 
 
 def test_tower_and_tokens_together_stay_within_the_budget():
@@ -269,17 +269,17 @@ def test_tower_and_tokens_together_stay_within_the_budget():
         if left and rng.random() < 0.4:
             left -= 1
             job = Job(rng.randint(1, 60), rng.randint(1, 30), patches=rng.choice((1, 4, 16, 60)))
-            assert job.reserved <= s.room(job.patches)
+            assert job.reserved <= s.longest(job.patches)
             s.waiting.append(job)
         s.admit()
-        plan = carry_out(s)
-        inside = plan.encode.jobs if plan.encode else []
+        step = carry_out(s)
+        inside = step.vision.jobs if step.vision else []
         rectangle = len(s.rows) * max((row.computed for row in s.rows), default=0)
         tower = 2 * sum(job.patches for job in inside)
         features = sum(
-            row.patches / 2 for row in s.rows if row.encoded and row.computed < row.prompt_length
+            row.patches / 2 for row in s.rows if row.seen and row.computed < row.prompt_length
         )
         assert rectangle + tower + features <= 300
-        assert len(s.rows) * max((row.computed for row in s.rows), default=0) <= s.cache_room()
+        assert len(s.rows) * max((row.computed for row in s.rows), default=0) <= s.cache_limit()
         for row in [row for row in s.rows if row.computed >= row.reserved]:
             s.remove(row)

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from qwenvl_app import process
 from qwenvl_app.backends import Generation, require_ready
 from qwenvl_app.errors import LoadStopped, ModelLoadError, Unavailable, is_out_of_memory
 from qwenvl_app.generation import BackendStats, GenerationRequest, Phase, Status
@@ -15,6 +16,8 @@ from qwenvl_app.settings import Settings
 
 if TYPE_CHECKING:
     from qwenvl_app.engine.engine import Engine
+    from qwenvl_app.engine.model import LoadedModel
+    from qwenvl_app.loading.plan import MemoryPlan
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ class LocalBackend:
     def close(self) -> None:
         """See ``backends.Backend``. A load ends where it next says how far it is."""
         with self._lock:
-            self._status = Status(Phase.DRAINING, "the service is stopping")
+            self._status = Status.draining()
             engine, self._engine = self._engine, None
         self._closed.set()
         if engine:
@@ -90,22 +93,19 @@ class LocalBackend:
                 log.warning("the engine makes progress again")
             stalled = status is not None
 
-    def _start(self) -> Engine:
+    def _prepare(self) -> tuple[LoadedModel, MemoryPlan]:
         # Not at the top: importing torch and transformers takes seconds, in which /livez is to
         # answer already.
         from qwenvl_app.engine import cpu
-        from qwenvl_app.engine import engine as engines
-        from qwenvl_app.loading import checkpoint, devices, load, warm_up
+        from qwenvl_app.loading import checkpoint, devices, load
 
         settings = self._settings
-        compiled = settings.compile == "on"
-        cpu.use_threads(settings.cpu_threads)
+        process.use_threads(settings.cpu_threads)
         self._say("looking for the checkpoint")
-        directory = checkpoint.find(settings.model, say=self._say)
-        checkpoint.check(directory)
-        plan = devices.make_plan(directory, settings)
+        found = checkpoint.find(settings.model, say=self._say)
+        plan = devices.before_loading(found, settings)
         loaded = load.load(
-            str(directory),
+            found,
             device=settings.device,
             dtype=settings.dtype,
             attention=settings.attention,
@@ -113,11 +113,20 @@ class LocalBackend:
             say=self._say,
         )
         cpu.pack(loaded.model)
+        return loaded, devices.after_loading(loaded, plan, self._say)
+
+    def _start(self) -> Engine:
+        loaded, plan = self._prepare()
+        from qwenvl_app.engine import engine as engines
+        from qwenvl_app.loading import devices, warm_up
+
+        settings = self._settings
+        compiled = settings.compile == "on"
         options = engines.EngineOptions(
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,
             kv_cache_bytes=plan.kv_cache,
-            prefix_cache_bytes=plan.known,
+            prefix_cache_bytes=plan.prefix_cache,
             prefill_chunk=settings.prefill_chunk,
             patch_bytes=plan.patch,
             compiled=compiled,
@@ -132,6 +141,7 @@ class LocalBackend:
                 hint = "or compiling it fails: set QWENVL_COMPILE=off"
                 raise ModelLoadError(f"{error}; {hint}") from None
             raise
+        devices.tell_process(plan)
         return engine
 
     def _say(self, message: str) -> None:

@@ -120,12 +120,11 @@ def download() -> None:
             click.echo(message)
 
     try:
-        directory = checkpoint.find(settings.model, say=say)
-        checkpoint.check(directory)
+        found = checkpoint.find(settings.model, say=say)
     except ModelLoadError as error:
         click.echo(f"qwenvl: {error}", err=True)
         sys.exit(1)
-    click.echo(f"{settings.model} is in {directory}")
+    click.echo(f"{settings.model} is in {found.directory}")
 
 
 def _shown(key: str, value: object) -> str:

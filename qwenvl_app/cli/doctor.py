@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from qwenvl_app.engine import cpu, memory
+from qwenvl_app import process
+from qwenvl_app.engine import memory
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading import checkpoint, devices, footprint, plan
 from qwenvl_app.settings import Settings
@@ -47,9 +48,8 @@ def examine(settings: Settings, bind: str) -> Iterator[Finding]:
     yield (device := _device(settings))
     yield _port(bind)
     try:
-        directory = checkpoint.find(settings.model, download=False)
-        checkpoint.check(directory)
-        need = devices.measure(directory, settings)
+        found = checkpoint.find(settings.model, download=False)
+        need = devices.estimate(found, settings)
     except checkpoint.NotDownloaded as error:
         text = f"{error}; `flask --app wsgi download` gets it, or else the first start"
         yield Finding(Level.WARN, "model", text)
@@ -98,7 +98,7 @@ def _device(settings: Settings) -> Finding:
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(count))
         return Finding(Level.OK, "device", f"{wanted}: {names}")
     level = Level.OK if wanted == "cpu" or settings.model == "demo" else Level.WARN
-    threads = cpu.threads(settings.cpu_threads)
+    threads = process.threads(settings.cpu_threads)
     counted = "1 thread" if threads == 1 else f"{threads} threads"
     more = "" if wanted == "cpu" else f" ({_no_gpu()})"
     return Finding(level, "device", f"the CPU, {counted} for a product{more}")
@@ -114,21 +114,26 @@ def _memory(settings: Settings, need: footprint.Footprint) -> Iterator[Finding]:
     gpus = devices.gpus(settings.device)
     host = memory.free_memory(torch.device("cpu"))
     if not gpus:
-        made = plan.make(need, settings, [host], cpu=True)
+        made = plan.make(need, settings, plan.Memory([host], cpu=True))
         yield _judged("memory", made)
         if not made.problem:
-            idle, most = made.process(psutil.Process().memory_info().rss)
+            idle = psutil.Process().memory_info().rss
+            idle += plan.LIBRARIES + need.tokenizer + need.weights
+            most = idle + made.work
             text = f"about {plan.gib(idle)} when idle, and up to {plan.gib(most)} at once"
             yield Finding(Level.OK, "process", text)
         return
     free, total = zip(*map(torch.cuda.mem_get_info, gpus), strict=True)
     spare = host if settings.device == "auto" else 0
-    now, empty = (plan.make(need, settings, each, cpu=False, host=spare) for each in (free, total))
+    now, empty = (
+        plan.make(need, settings, plan.Memory(each, cpu=False, host=spare))
+        for each in (free, total)
+    )
     yield _judged("GPU memory", now, empty)
     yield _host(settings, need, host)
 
 
-def _judged(about: str, made: plan.Plan, empty: plan.Plan | None = None) -> Finding:
+def _judged(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = None) -> Finding:
     """What the plan comes to; ``empty`` is the one for a device that nobody uses."""
     level = Level.FAIL if made.problem else Level.WARN if made.tight else Level.OK
     if made.offloaded:

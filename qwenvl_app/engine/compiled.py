@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from qwenvl_app import process
 from qwenvl_app.engine.kv_cache import FEWEST_ROWS, SlotCache, power_of_two
 from qwenvl_app.errors import ModelLoadError
 
@@ -71,9 +72,8 @@ class CompiledDecode:
             return graph.replay(inputs)[:count]
         keys, values = cache.first(rows)
         if not self._compiled:
-            # Packed weights (see cpu.py) are opaque: torch.compile takes them as constants only. It
-            # would pack others by itself, and keep both.
-            torch._inductor.config.freezing = keys[0].is_cpu and keys[0].dtype is torch.float32
+            packed = keys[0].is_cpu and keys[0].dtype is torch.float32
+            process.freeze_compiled_weights(packed)
             _mark(inputs, keys, values)
             self._compiled = True
         if _records(inputs.device) and rows in self._graphs:

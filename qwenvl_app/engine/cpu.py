@@ -1,4 +1,4 @@
-"""What a CPU needs to be quick: weights laid out once, fewer calls, and one core for others.
+"""What a CPU needs to be quick: weights laid out once, and fewer calls.
 
 The usual product of a few rows with a weight lays the weight out anew in every call, which takes
 longer than the product itself. oneDNN does that once, at load, with the calls that torch.compile
@@ -17,7 +17,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextRMSNorm
 
-_CORES = torch.get_num_threads()  # as torch found them: affinity and OMP_NUM_THREADS counted in
 # Rows that the layout is chosen for. Any number of rows may come; measured with 1 to 512, a layout
 # for 64 was never behind one for fewer.
 _ROWS = 64
@@ -67,16 +66,6 @@ class Norm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Of the last dimension."""
         return F.rms_norm(x, self.weight.shape, self.weight, self._epsilon)
-
-
-def use_threads(count: int) -> None:
-    """Threads of one product, 0 for all cores but one. For threads that have not used torch yet."""
-    torch.set_num_threads(threads(count))
-
-
-def threads(count: int) -> int:
-    """What ``use_threads`` makes of ``count``."""
-    return count or max(1, _CORES - 1)
 
 
 def pack(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qwenvl_app.prompts import Reasoning
@@ -12,59 +13,27 @@ if TYPE_CHECKING:
 _REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
 
-class Detokenizer:
-    """Text of one answer so far. Used by one thread at a time.
+class Pieces:
+    """Text of ids that come in pieces. Used by one thread at a time.
 
     A Chinese character or an emoji is often several byte tokens, so text is held back while it
     ends in an unfinished character. Each step decodes a short window, not the whole answer.
-
-    What a model reasons before it answers is left out: all up to ``reasoning.end``, if the prompt
-    opened the reasoning or the first token does. Elsewhere these tokens are text as any other.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, reasoning: Reasoning | None = None):
-        self._tokenizer, self._reasoning = tokenizer, reasoning
-        self.reasoned = 0  # ids that were left out
-        self._said = False  # whether there was text, but for blank lines behind the reasoning
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._window = 0  # where the window begins: ids before it can't change what follows
         self._emitted = 0  # ids before it have been given out as text
 
-    def push(self, ids: list[int]) -> str:
-        """Text that became certain with ``ids``; empty while a character is unfinished."""
-        self._ids += self._answer(ids)
-        known, text = self._decode(self._emitted), self._decode(len(self._ids))
-        if len(text) <= len(known) or text.endswith(_REPLACEMENT):
+    def push(self, ids: list[int], *, last: bool = False) -> str:
+        """Text that became certain with ``ids``; with the ``last`` of them, all there is."""
+        self._ids += ids
+        given, text = self._decode(self._emitted), self._decode(len(self._ids))
+        if not last and (len(text) <= len(given) or text.endswith(_REPLACEMENT)):
             return ""
         self._window, self._emitted = self._emitted, len(self._ids)
-        return self._trim(text[len(known) :])
-
-    def flush(self) -> str:
-        """What is still held back, at the end of the answer."""
-        known, text = self._decode(self._emitted), self._decode(len(self._ids))
-        self._window = self._emitted = len(self._ids)
-        return self._trim(text[len(known) :])
-
-    def _answer(self, ids: list[int]) -> list[int]:
-        """``ids`` without those of the reasoning."""
-        marks = self._reasoning
-        if marks is None or not ids:
-            return ids
-        if not marks.begun and not self.reasoned and ids[0] != marks.begin:
-            self._reasoning = None
-            return ids
-        ended = marks.end in ids
-        length = ids.index(marks.end) + 1 if ended else len(ids)
-        self.reasoned += length
-        if ended:
-            self._reasoning = None
-        return ids[length:]
-
-    def _trim(self, text: str) -> str:
-        if self.reasoned and not self._said:
-            text = text.lstrip()
-            self._said = bool(text)
-        return text
+        return text[len(given) :]
 
     def _decode(self, end: int) -> str:
         text = self._tokenizer.decode(
@@ -73,6 +42,76 @@ class Detokenizer:
             clean_up_tokenization_spaces=False,
         )
         return str(text)
+
+
+def reasoning_after(marks: Reasoning | None, prompt: list[int]) -> Reasoning | None:
+    """``marks`` for an answer to ``prompt``: whether it is open there, its own options decided."""
+    if marks is None:
+        return None
+    last = next((token for token in reversed(prompt) if token in (marks.begin, marks.end)), None)
+    return replace(marks, begun=last == marks.begin)
+
+
+class Detokenizer:
+    """Text of one answer so far. Used by one thread at a time.
+
+    What a model reasons before it answers is no part of it: all up to ``reasoning.end``, if the
+    prompt opened the reasoning or the first token does. Elsewhere these tokens are text as any
+    other. ``take_reasoning`` has them, without the white space around.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reasoning: Reasoning | None = None):
+        self._marks = reasoning
+        self.reasoned = 0  # ids that are not the answer's
+        self._said = False  # whether there was text, but for blank lines after the reasoning
+        self._answer, self._thought = Pieces(tokenizer), Pieces(tokenizer)
+        self._reasoning, self._held = "", ""  # not taken yet; white space that may be its end
+        self._thinking = False  # whether there was any of it
+
+    def push(self, ids: list[int]) -> str:
+        """Text of the answer that became certain; empty while a character is unfinished."""
+        return self._trim(self._answer.push(ids[self._split(ids) :]))
+
+    def flush(self) -> str:
+        """What is still held back, at the end of the answer."""
+        self._think([], last=True)
+        return self._trim(self._answer.push([], last=True))
+
+    def take_reasoning(self) -> str:
+        """Text of the reasoning that became certain since the last call."""
+        taken, self._reasoning = self._reasoning, ""
+        return taken
+
+    def _split(self, ids: list[int]) -> int:
+        """How many of ``ids`` are the reasoning's, its marks included."""
+        marks = self._marks
+        if marks is None or not ids:
+            return 0
+        if not marks.begun and not self.reasoned and ids[0] != marks.begin:
+            self._marks = None
+            return 0
+        ended = marks.end in ids
+        length = ids.index(marks.end) if ended else len(ids)
+        opened = not self.reasoned and ids[0] == marks.begin
+        self._think(ids[opened:length], last=ended)
+        if ended:
+            self._marks = None
+        self.reasoned += length + ended
+        return length + ended
+
+    def _think(self, ids: list[int], *, last: bool) -> None:
+        text = self._held + self._thought.push(ids, last=last)
+        if not self._thinking:
+            text = text.lstrip()
+        told = text.rstrip()
+        self._held, self._thinking = text[len(told) :], self._thinking or bool(told)
+        self._reasoning += told
+
+    def _trim(self, text: str) -> str:
+        if self.reasoned and not self._said:
+            text = text.lstrip()
+            self._said = bool(text)
+        return text
 
 
 class StopStrings:

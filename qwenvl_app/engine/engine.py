@@ -5,24 +5,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 
 import torch
 
 from qwenvl_app.engine.executor import FAILED, Executor, Outcome
+from qwenvl_app.engine.inbox import Inbox
+from qwenvl_app.engine.intake import Intake
 from qwenvl_app.engine.memory import gpu_memory
-from qwenvl_app.engine.model import LoadedModel, Runner, prepare
-from qwenvl_app.engine.prefix_cache import PrefixCache, image_key
-from qwenvl_app.engine.sampling import Sampler, repeats_itself
-from qwenvl_app.engine.scheduler import Plan, Scheduler
+from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.prefix_cache import PrefixCache
+from qwenvl_app.engine.runner import Runner
+from qwenvl_app.engine.scheduler import Scheduler, Step
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.errors import (
     DeadlineExceeded,
     InternalError,
     ModelLoadError,
     ServiceError,
-    TooLarge,
     Unavailable,
     is_out_of_memory,
 )
@@ -31,7 +31,6 @@ from qwenvl_app.generation import BackendStats, FinishReason, GenerationRequest,
 log = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3  # without one good answer between them: it is not the requests that are at fault
-_CHECK_REPETITION = 16  # tokens between two looks
 _LEAST_TOKENS = 128  # of KV cache, to be of any use
 _PATIENCE_S = 10.0  # for the last step, when closing
 
@@ -56,10 +55,10 @@ class Engine:
     """
 
     def __init__(self, loaded: LoadedModel, options: EngineOptions):
-        self._loaded, self._options = loaded, options
+        self._options = options
         self._runner = Runner(loaded.model, compiled=options.compiled)
         token = self._runner.layout.token_bytes
-        self._budget = self._runner.layout.room(options.kv_cache_bytes, options.slots)
+        self._budget = self._runner.layout.tokens_in(options.kv_cache_bytes, options.slots)
         if self._budget < _LEAST_TOKENS:
             raise ModelLoadError(
                 f"the KV cache has room for {self._budget} tokens only: free memory, or set "
@@ -73,15 +72,13 @@ class Engine:
             self._runner.depth,
             (options.patch_bytes[0] / token, options.patch_bytes[1] / token),
         )
-        self.prefixes = PrefixCache(options.prefix_cache_bytes)
-        room = self._scheduler.cache_room
-        self._executor = Executor(self._runner, self.prefixes, self._budget, room)
-        self._salt = repr(sorted(loaded.image_processor.to_dict().items()))
-        ends = loaded.model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends])
-        self._inbox: deque[Sequence] = deque()
-        self._wake = threading.Condition()
-        self._closed = False
+        whole = bool(self._runner.layout.states)
+        self.prefixes = PrefixCache(options.prefix_cache_bytes, whole=whole)
+        limit = self._scheduler.cache_limit
+        self._executor = Executor(self._runner, self.prefixes, self._budget, limit)
+        most = options.max_new_tokens
+        self._intake = Intake(loaded, self._runner, self._scheduler, self.prefixes, most)
+        self._inbox = Inbox()
         self._failures = 0
         self.failure: Status | None = None  # once nothing works any more
         self.steps = 0
@@ -130,18 +127,8 @@ class Engine:
         InternalError when the engine has failed for good.
         """
         arrived = time.monotonic()
-        sequence = self._prepare(request, arrived)
-        with self._wake:
-            if self.failure:
-                raise InternalError(FAILED)
-            if self._closed:
-                raise Unavailable.stopping()
-            # During a long step those who come and leave would pile up, pictures and all.
-            for left in [each for each in self._inbox if each.cancelled]:
-                self._inbox.remove(left)
-                left.finish(FinishReason.CANCELLED)
-            self._inbox.append(sequence)
-            self._wake.notify()
+        sequence = self._intake(request, arrived)
+        self._inbox.put(sequence)
         return sequence
 
     def close(self) -> None:
@@ -149,35 +136,10 @@ class Engine:
 
         A step that does not end is waited for, but not for ever.
         """
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
+        self._inbox.close(Unavailable.stopping())
         self._thread.join(_PATIENCE_S)
         if self._thread.is_alive():
             log.error("the engine's thread is stuck in a step and is left behind")
-
-    def _prepare(self, request: GenerationRequest, arrived: float) -> Sequence:
-        loaded, sampling = self._loaded, request.sampling
-        inputs = prepare(loaded, request)
-        patches = len(inputs.image_tokens) * self._runner.merge**2
-        longest = min(self._runner.max_length, self._scheduler.room(patches))
-        room = longest - len(inputs.ids)
-        if room < 1:
-            raise TooLarge(
-                f"图片和提示词共 {len(inputs.ids)} 个 token，超过 {max(0, longest - 1)} 个的限制。"
-            )
-        prefix = None
-        layout, length = self._runner.layout, inputs.image_tokens.stop
-        if layout.bytes(length, 1) <= self.prefixes.budget:
-            inputs.boundary = length if layout.states else 0
-            inputs.image_key = image_key(request.images[0], self._salt)
-            prefix = self.prefixes.get(inputs.image_key)
-        if prefix is None:
-            inputs.pixels = loaded.patcher.patches(request.images[0])
-        most = self._options.max_new_tokens
-        limit = min(sampling.max_new_tokens or most, most, room)
-        sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)
-        return Sequence(request, inputs, sampler, limit, loaded.detokenizer(), arrived, prefix)
 
     # From here on: the engine's thread.
 
@@ -190,30 +152,18 @@ class Engine:
             log.exception("the engine's thread ends")
             self._give_up(f"the engine's thread ended ({type(error).__name__})")
         finally:
-            with self._wake:  # nothing is put into the inbox after this
-                self._closed = True
-                self._take_in()
+            refusal = InternalError(FAILED) if self.failure else Unavailable.stopping()
+            self._inbox.close(refusal)
+            self._scheduler.waiting.extend(self._inbox.take(wait=False))
             for sequence in [*self._scheduler.waiting, *self._scheduler.rows]:
                 self._scheduler.remove(sequence)
-                sequence.finish(InternalError(FAILED) if self.failure else Unavailable.stopping())
+                sequence.finish(refusal)
 
     def _wait(self) -> bool:
         """Wait for something to do; False when there will be nothing any more."""
-        with self._wake:
-            while not (
-                self._closed
-                or self.failure
-                or self._inbox
-                or self._scheduler.rows
-                or self._scheduler.waiting
-            ):
-                self._wake.wait()
-            self._take_in()
-            return not (self._closed or self.failure)
-
-    def _take_in(self) -> None:
-        self._scheduler.waiting.extend(self._inbox)
-        self._inbox.clear()
+        idle = not (self._scheduler.rows or self._scheduler.waiting or self.failure)
+        self._scheduler.waiting.extend(self._inbox.take(wait=idle))
+        return not (self._inbox.closed or self.failure)
 
     def step(self) -> None:
         """One step: schedule, prefill, decode also those whose prompt has just ended."""
@@ -229,7 +179,7 @@ class Engine:
         finally:
             self.step_began = None
 
-    def _schedule(self) -> Plan[Sequence]:
+    def _schedule(self) -> Step[Sequence]:
         now = time.monotonic()
         for sequence in [*self._scheduler.rows, *self._scheduler.waiting]:
             if sequence.cancelled:
@@ -238,39 +188,32 @@ class Engine:
                 self._end(sequence, DeadlineExceeded())
         for sequence in self._scheduler.admit():
             sequence.start()
-            if sequence.prefix is None and sequence.image_key is not None:
-                sequence.prefix = self.prefixes.peek(sequence.image_key)
+            self._intake.look_again(sequence)
         self._executor.restore_prefixes(self._scheduler.rows)
-        return self._scheduler.plan()
+        return self._scheduler.next_step()
 
     def _post_process(self, outcomes: list[Outcome]) -> None:
-        for sequence, outcome in outcomes:
+        for outcome in outcomes:
+            sequence = outcome.sequence
             try:
-                end = self._take(sequence, outcome)
+                end = self._take(outcome)
             except Exception:
                 log.exception("post-processing failed (request %s)", sequence.request_id)
                 end = InternalError(FAILED)
             if end is not None:
                 self._end(sequence, end)
 
-    def _take(
-        self, sequence: Sequence, outcome: int | ServiceError
-    ) -> FinishReason | ServiceError | None:
+    def _take(self, outcome: Outcome) -> FinishReason | ServiceError | None:
         """Add a token to its sequence; how that ends, if it does."""
-        if isinstance(outcome, ServiceError):
-            return outcome
-        sequence.append(outcome)
-        tokens, params = sequence.tokens, sequence.params
-        if tokens[-1] in self._ends and not params.ignore_eos:
-            return FinishReason.STOP
-        if len(tokens) >= sequence.limit:
-            return FinishReason.LENGTH
-        due = params.repetition_limit and len(tokens) % _CHECK_REPETITION == 0
-        if due and repeats_itself(tokens, params.repetition_limit):
-            return FinishReason.REPETITION
-        return None
+        sequence = outcome.sequence
+        if isinstance(outcome.token, ServiceError):
+            return outcome.token
+        sequence.append(outcome.token, outcome.score)
+        return sequence.reason_to_end(self._intake.ends)
 
     def _end(self, sequence: Sequence, how: FinishReason | ServiceError) -> None:
+        if isinstance(how, FinishReason):  # before whoever goes on from it can ask
+            self._executor.keep(sequence, self._scheduler.rows)
         moved = self._scheduler.remove(sequence)
         sequence.finish(how)
         if isinstance(how, FinishReason) and how is not FinishReason.CANCELLED:

@@ -4,42 +4,53 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from qwenvl_app.engine.model import Runner
-from qwenvl_app.engine.prefix_cache import Prefix, PrefixCache
+from qwenvl_app.engine.inputs import Span
+from qwenvl_app.engine.logprobs import Score, log_softmax, scores
+from qwenvl_app.engine.prefix_cache import PrefixCache, Segment
+from qwenvl_app.engine.runner import Runner
 from qwenvl_app.engine.sampling import next_tokens
-from qwenvl_app.engine.scheduler import Encode, Plan
+from qwenvl_app.engine.scheduler import Step, Vision
 from qwenvl_app.engine.sequence import Sequence
-from qwenvl_app.engine.vision import Encoding
+from qwenvl_app.engine.vision import VisionPass
 from qwenvl_app.errors import InternalError, ServiceError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
 FAILED = "推理时发生错误，请稍后重试。"
 
-Outcome = tuple[Sequence, int | ServiceError]  # a sequence's next token, or why there is none
+
+class Outcome(NamedTuple):
+    """A sequence's next token, or why there is none."""
+
+    sequence: Sequence
+    token: int | ServiceError
+    score: Score | None = None
 
 
 class Executor:
-    """Carries out plans; decides nothing. Used by the engine's thread alone.
+    """Carries out steps; decides nothing. Used by the engine's thread alone.
 
     ``rows`` is always the scheduler's list: row ``i`` of the cache belongs to ``rows[i]``.
-    ``budget`` is the scheduler's, in tokens, and ``room`` how many of them are the cache's now.
+    ``budget`` is the scheduler's, in tokens, and ``limit`` how many of them are the cache's now.
     """
 
-    def __init__(self, runner: Runner, prefixes: PrefixCache, budget: int, room: Callable[[], int]):
+    def __init__(
+        self, runner: Runner, prefixes: PrefixCache, budget: int, limit: Callable[[], int]
+    ):
         self.runner, self.prefixes = runner, prefixes
         self.cache = runner.new_cache(budget)
-        self._room = room
-        self._encoding: Encoding | None = None
-        self._encoded: list[Sequence] = []  # whose pictures are in it
+        self._limit = limit
+        self._pass: VisionPass | None = None
+        self._images: list[Span] = []  # that are in it
 
     def reset(self) -> None:
         """Forget everything that was under way."""
         self.cache.reset()
-        self._encoding, self._encoded = None, []
+        self._pass, self._images = None, []
 
     def shrink(self, rows: list[Sequence]) -> None:
         """Give memory back that nobody needs any more."""
@@ -47,46 +58,49 @@ class Executor:
 
     def remove(self, sequence: Sequence, moved: tuple[int, int] | None) -> None:
         """``sequence`` has left; for that a row has ``moved``, (from, to)."""
-        if sequence in self._encoded:  # the others start again, see ``Scheduler.remove``
-            self._encoding, self._encoded = None, []
+        if any(image in self._images for image in sequence.inputs.images):
+            self._pass, self._images = None, []  # the others start again: ``Scheduler.remove``
         if moved:
             self.cache.move(*moved)
 
     def restore_prefixes(self, rows: list[Sequence]) -> None:
-        """Begin the rows whose picture was asked about before with what was kept of it."""
+        """Begin rows whose prompts begin as earlier ones did with what was kept of those."""
         found = [(row, seq, seq.prefix) for row, seq in enumerate(rows) if seq.prefix]
         if not found:
             return
         self._fit([row.prefix.length if row.prefix else row.computed for row in rows])
         for row, sequence, prefix in found:
-            self.cache.restore(row, prefix.layers)
+            for segment in prefix.last.chain():
+                self.cache.restore(row, segment.layers, segment.start, prefix.length)
             sequence.computed = sequence.cached = prefix.length
-            sequence.prefix = sequence.inputs.pixels = None
+            sequence.prefix = None
 
-    def prefill(self, plan: Plan[Sequence], rows: list[Sequence]) -> list[Outcome]:
+    def prefill(self, step: Step[Sequence], rows: list[Sequence]) -> list[Outcome]:
         """A step's pictures and prompts: what became of each whose prompt is complete now."""
-        if plan.encode:
+        if step.vision:
             self._fit([row.computed for row in rows])  # what the tower takes is given back first
-            self._encode(plan.encode)
-        widths = {id(sequence): width for sequence, width in plan.prefill}
+            self._see(step.vision)
+        widths = {id(sequence): width for sequence, width in step.prefill}
         ends = [row.computed + widths.get(id(row), 0) for row in rows]
         # Then all are in the decode call, and get a token there or what is written over.
         decodes = any(end >= row.prompt_length for row, end in zip(rows, ends, strict=True))
         self._fit([end + decodes for end in ends])
-        if not plan.prefill:
+        if not step.prefill:
             return []
-        sequences = [sequence for sequence, _ in plan.prefill]
+        sequences = [sequence for sequence, _ in step.prefill]
         logits = self.runner.prefill(
             self.cache,
             sequences,
             [rows.index(sequence) for sequence in sequences],
-            [width for _, width in plan.prefill],
+            [width for _, width in step.prefill],
         )
-        for sequence, width in plan.prefill:
+        for sequence, width in step.prefill:
             sequence.computed += width
         outcomes = self._pick(sequences, logits, rows)
-        failed = [sequence for sequence, end in outcomes if isinstance(end, ServiceError)]
-        self._save_prefixes([s for s in sequences if s not in failed], rows)
+        failed = [end.sequence for end in outcomes if isinstance(end.token, ServiceError)]
+        for sequence in sequences:
+            if sequence not in failed:
+                self._release_features(sequence, rows)
         return outcomes
 
     def decode(self, sequences: list[Sequence], rows: list[Sequence]) -> list[Outcome]:
@@ -111,7 +125,7 @@ class Executor:
     def _fit(self, ends: list[int]) -> None:
         """Room for rows that end there, within what the scheduler leaves for it."""
         rows = max((row for row, end in enumerate(ends, 1) if end), default=0)
-        length, most = max(ends, default=0), self._room()
+        length, most = max(ends, default=0), self._limit()
         try:
             self.cache.fit(rows, length, most)
         except Exception as error:
@@ -120,41 +134,55 @@ class Executor:
             self.cache.fit(rows, length, most)
 
     def _gives_way(self, error: Exception) -> bool:
-        """Whether ``error`` is about memory and known pictures could be dropped for it."""
+        """Whether ``error`` is about memory and kept prompts could be dropped for it."""
         if not is_out_of_memory(error) or not (freed := self.prefixes.clear()):
             return False
-        log.warning("the memory ran out: known pictures are dropped, %d MiB", freed // 2**20)
+        log.warning(
+            "the memory ran out: what is kept of earlier prompts is dropped, %d MiB", freed // 2**20
+        )
         return True
 
-    def _encode(self, encode: Encode[Sequence]) -> None:
-        if encode.first == 0:
-            self._encoding, self._encoded = self.runner.encode(encode.jobs), encode.jobs
-        assert self._encoding is not None  # noqa: S101  # the scheduler begins at the first layer
-        if features := self._encoding.advance(encode.first, encode.last):
-            self._encoding, self._encoded = None, []
-            for sequence, made in zip(encode.jobs, features, strict=True):
-                sequence.features, sequence.inputs.pixels = made, None
+    def _see(self, vision: Vision[Sequence]) -> None:
+        if vision.first == 0:
+            self._images = [image for sequence in vision.jobs for image in sequence.unseen]
+            self._pass = self.runner.begin_vision(self._images)
+        assert self._pass is not None  # noqa: S101  # the scheduler begins at the first layer
+        if features := self._pass.advance(vision.first, vision.last):
+            for image, made in zip(self._images, features, strict=True):
+                image.features, image.pixels = made, None
+            self._pass, self._images = None, []
 
-    def _save_prefixes(self, sequences: list[Sequence], rows: list[Sequence]) -> None:
-        for sequence in sequences:
-            length = sequence.inputs.image_tokens.stop
-            if sequence.features is None or sequence.computed < length:
-                continue
-            sequence.features = None  # they are in the cache now
-            key = sequence.image_key
-            if key is not None and self.prefixes.peek(key) is None:
-                self._save_prefix(key, rows.index(sequence), length)
+    def _release_features(self, sequence: Sequence, rows: list[Sequence]) -> None:
+        """Of pictures that are in the cache now; with the last one, what there is is kept."""
+        read = [i for i in sequence.images if i.features and i.tokens.stop <= sequence.computed]
+        for image in read:
+            image.features = None
+        if read and sequence.computed >= sequence.inputs.images_end:
+            self._keep(sequence, rows.index(sequence), sequence.inputs.images_end)
 
-    def _save_prefix(self, key: bytes, row: int, length: int) -> None:
-        """If there is memory for it: no answer depends on that."""
-        if not self.prefixes.make_room(self.cache.layout.bytes(length, 1)):
+    def keep(self, sequence: Sequence, rows: list[Sequence]) -> None:
+        """``sequence`` is about to leave: keep prompt and answer for whoever goes on from them."""
+        if sequence in rows and sequence.computed >= sequence.prompt_length:
+            self._keep(sequence, rows.index(sequence), sequence.computed)
+
+    def _keep(self, sequence: Sequence, row: int, length: int) -> None:
+        """A row's first tokens, if there is memory for it: no answer depends on that."""
+        if sequence.prefix_key is None:
+            return
+        text = sequence.inputs.text(sequence.tokens).first(length)
+        base = self.prefixes.base(text)
+        start = base.length if base else 0
+        if start == length or not self.prefixes.make_room(
+            self.cache.layout.bytes(length - start, 1)
+        ):
             return
         try:
-            self.prefixes.put(key, Prefix(length, self.cache.save(row, length)))
+            self.prefixes.put(Segment(text, self.cache.save(row, length, start), base))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log.warning("the memory ran out: a picture is not kept, nor are those that were")
+            log.warning("the memory ran out: a prompt is not kept, nor are those that were")
+            del base
             self.prefixes.clear()
 
     def _pick(
@@ -162,18 +190,21 @@ class Executor:
     ) -> list[Outcome]:
         """The next token of each sequence whose prompt is complete, or why there is none."""
         ready = [sequence.computed >= sequence.prompt_length for sequence in sequences]
-        samplers = [
-            sequence.sampler if is_ready else None
-            for sequence, is_ready in zip(sequences, ready, strict=True)
-        ]
-        tokens = next_tokens(samplers, logits)
+        each = list(zip(sequences, ready, strict=True))
+        wanted = [sequence.logprobs if is_ready else None for sequence, is_ready in each]
+        logprobs = log_softmax(logits, wanted)
+        tokens = next_tokens([s.sampler if is_ready else None for s, is_ready in each], logits)
+        found = [None] * len(tokens) if logprobs is None else scores(logprobs, wanted, tokens)
         outcomes: list[Outcome] = []
-        for sequence, is_ready, token in zip(sequences, ready, tokens, strict=True):
-            if isinstance(token, Exception):
+        for (sequence, is_ready), token, score in zip(each, tokens, found, strict=True):
+            if isinstance(token, ServiceError):
+                self.cache.clear(rows.index(sequence))
+                outcomes.append(Outcome(sequence, token))
+            elif isinstance(token, Exception):
                 raised = token if token.__traceback__ else None
                 log.error("%s (request %s)", token, sequence.request_id, exc_info=raised)
                 self.cache.clear(rows.index(sequence))
-                outcomes.append((sequence, InternalError(FAILED)))
+                outcomes.append(Outcome(sequence, InternalError(FAILED)))
             elif is_ready:
-                outcomes.append((sequence, token))
+                outcomes.append(Outcome(sequence, token, score))
         return outcomes

@@ -7,17 +7,18 @@ a row may look at is said by the 4-D mask that ``begin`` returns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import Cache
 
+from qwenvl_app.engine.layout import Layout
+
 Box = tuple[slice, slice, slice]  # rows, heads, tokens
+Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each
 
 BLOCK = 128  # tokens; rows grow by so many at a time
 FEWEST_ROWS = 2  # of a roomy cache: torch.compile would make a special case of one
@@ -30,55 +31,12 @@ def power_of_two(number: int, least: int = 1) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-@dataclass(frozen=True)
-class State:
-    """Shape of what a recurrent layer keeps of one row, see ``recurrent.py``."""
-
-    layer: int
-    inputs: tuple[int, int]  # channels, length of the kernel
-    matrices: tuple[int, int, int]  # heads, sizes of a key and a value; in float32
-    dtype: torch.dtype  # of the inputs
-    device: torch.device
-
-    @property
-    def bytes(self) -> int:
-        """What it takes."""
-        return math.prod(self.inputs) * self.dtype.itemsize + math.prod(self.matrices) * 4
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Shape of the cache, from the model's configuration; ``devices``, one a layer.
-
-    Those layers aside that have ``states`` instead of keys and values.
-    """
-
-    heads: int
-    head_dim: int
-    dtype: torch.dtype
-    devices: tuple[torch.device, ...]
-    states: tuple[State, ...] = ()
-
-    @property
-    def token_bytes(self) -> int:
-        """What one token of one sequence takes, in all layers."""
-        return 2 * len(self.devices) * self.heads * self.head_dim * self.dtype.itemsize
-
-    def bytes(self, tokens: int, rows: int) -> int:
-        """What so many tokens in so many rows take."""
-        return tokens * self.token_bytes + rows * sum(state.bytes for state in self.states)
-
-    def room(self, memory: int, rows: int) -> int:
-        """How many tokens so many rows may have in ``memory``, in bytes."""
-        return max(0, memory - self.bytes(0, rows)) // self.token_bytes
-
-
 class SlotCache(Cache):
     """Keys and values of all rows: for each layer two tensors (rows, heads, length, head_dim).
 
     Memory follows the tokens that live: the rectangle grows in blocks and shrinks when it is much
     too large, or larger than it may be. While it does either, one tensor of one layer is there
-    twice, which is no part of a budget in tokens (``footprint.Footprint.token`` counts it). Used by
+    twice, which is no part of a budget in tokens (``Footprint.token`` counts it). Used by
     the engine's thread alone.
 
     ``roomy``, in tokens: the rectangle's sides are powers of two (rows, blocks) as long as it is
@@ -149,20 +107,21 @@ class SlotCache(Cache):
         for tensor in [*self._keys, *self._values]:
             tensor[row].zero_()
 
-    def save(self, row: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """A copy of a row: for each layer, keys and values (heads, length, head_dim)."""
+    def save(self, row: int, length: int, start: int = 0) -> Layers:
+        """A copy of a row from ``start`` to ``length``, each tensor (heads, tokens, head_dim)."""
         return [
-            (keys[row, :, :length].clone(), values[row, :, :length].clone())
+            (keys[row, :, start:length].clone(), values[row, :, start:length].clone())
             for keys, values in zip(self._keys, self._values, strict=True)
         ]
 
-    def restore(self, row: int, saved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Begin a row with what ``save`` returned."""
-        for tensors, (keys, values) in zip(
-            zip(self._keys, self._values, strict=True), saved, strict=True
+    def restore(self, row: int, saved: Layers, start: int = 0, length: int = UNBOUNDED) -> None:
+        """Put what ``save`` returned into a row from ``start`` on, up to ``length``."""
+        for keys, values, (old_keys, old_values) in zip(
+            self._keys, self._values, saved, strict=True
         ):
-            tensors[0][row, :, : keys.shape[1]] = keys
-            tensors[1][row, :, : values.shape[1]] = values
+            stop = min(start + old_keys.shape[1], length)
+            keys[row, :, start:stop] = old_keys[:, : stop - start]
+            values[row, :, start:stop] = old_values[:, : stop - start]
 
     @contextmanager
     def kept(self, rows: list[int]) -> Iterator[None]:

@@ -11,6 +11,7 @@ edges then differ by up to 23 of 255 levels (``tests/parity.py``); so it is aske
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +62,18 @@ class Patcher:
             for values in (processor.image_mean, processor.image_std)
         )
         self._scale, self._shift = np.float32(processor.rescale_factor) / std, -mean / std
+
+    def within(self, least: int | None, most: int | None) -> Patcher:
+        """One that scales pictures to at least and at most so many pixels.
+
+        Never to more than the checkpoint says: memory is planned for that.
+        """
+        if least is None and most is None:
+            return self
+        other = copy.copy(self)
+        other._most = min(most or self._most, self._most)
+        other._least = min(self._least if least is None else least, other._most)
+        return other
 
     def grid(self, image: Image) -> Grid:
         """Patches that ``image`` will have. Nothing is computed for it."""

@@ -1,8 +1,11 @@
-"""Pictures that were asked about before: their part of the KV cache, kept for the next question.
+"""What was computed for earlier prompts and answers: the next one that begins alike begins there.
 
-In this chat format the picture comes first, so that everything up to its last token is the same
-whatever the question is. The key covers the decoded pixels and everything else that decides what
-the model makes of them; one that left out the shape served wrong answers (CVE-2025-46722 in vLLM).
+Tokens are compared one by one, and a picture counts by its key, which covers the decoded pixels and
+everything else that decides what the model makes of them; one that left out the shape served wrong
+answers (CVE-2025-46722 in vLLM). So what is found depends on everything before and in it.
+
+What prompts have in common is kept once: a ``Segment`` goes on where another ends, as in the tree
+of SGLang's ``radix_cache.py``, but is never split.
 """
 
 from __future__ import annotations
@@ -10,33 +13,95 @@ from __future__ import annotations
 import hashlib
 import threading
 import weakref
-from collections import OrderedDict
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+
+from qwenvl_app.engine.kv_cache import Layers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Mark = tuple[int, bytes]  # where a picture begins, and its key
+
 _STRIP = 256  # rows of a picture
+_WORTH = 16  # tokens; fewer are computed sooner than looked for, if there is no picture in them
+
+
+@dataclass(frozen=True)
+class Text:
+    """What tokens mean: their ids and, in order, the pictures among them."""
+
+    ids: np.ndarray[tuple[int], np.dtype[np.int64]]
+    pictures: tuple[Mark, ...]
+
+    @classmethod
+    def of(cls, ids: Many[int], pictures: Iterable[Mark]) -> Text:
+        """Of ``ids``, and of ``pictures`` in order."""
+        return cls(np.array(ids, np.int64), tuple(pictures))
+
+    def first(self, length: int) -> Text:
+        """Its first tokens."""
+        return Text(self.ids[:length], tuple(p for p in self.pictures if p[0] < length))
+
+    def common(self, other: Text) -> int:
+        """How many tokens are the same from the beginning on; never a part of a picture."""
+        length = min(len(self.ids), len(other.ids))
+        differ = self.ids[:length] != other.ids[:length]
+        if differ.any():
+            length = int(differ.argmax())
+        for ours, theirs in zip_longest(self.pictures, other.pictures):
+            if ours != theirs:
+                return min(length, *(mark[0] for mark in (ours, theirs) if mark))
+        return length
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """What the cache has of the tokens from the end of ``parent`` to that of ``text``.
+
+    ``layers``: keys and values (heads, tokens, head_dim) of each; then, of recurrent layers, their
+    states at the end. ``text`` begins where the prompt does.
+    """
+
+    text: Text
+    layers: Layers
+    parent: Segment | None = None
+
+    @property
+    def start(self) -> int:
+        """The first token that is in ``layers``."""
+        return self.parent.length if self.parent else 0
+
+    @property
+    def length(self) -> int:
+        """Tokens up to the end, from the prompt's beginning."""
+        return len(self.text.ids)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it holds, without ``parent``'s."""
+        return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
+
+    def chain(self) -> list[Segment]:
+        """All from the prompt's beginning up to this one."""
+        return [*(self.parent.chain() if self.parent else []), self]
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of a prompt's first ``length`` tokens, for each layer."""
+    """The first ``length`` tokens of a prompt, which end in ``last``. Who has it holds them."""
 
     length: int
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it holds."""
-        return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
+    last: Segment
 
 
 def image_key(image: Image, salt: str) -> bytes:
-    """A digest of pixels, size and mode, and of ``salt``: the processor's settings."""
+    """A digest of pixels, size and mode, and of ``salt``: how the picture is processed."""
     digest = hashlib.sha256(f"{image.mode} {image.size} {salt}\0".encode())
     # In strips: all at once are two more copies of a picture of up to 200 MB.
     for top in range(0, image.height, _STRIP):
@@ -49,31 +114,42 @@ class PrefixCache:
     """The least recently used are dropped when ``budget`` bytes would be exceeded. Any thread.
 
     One that a request holds, which waits for a slot, stays and counts: to drop it frees nothing.
+    So does one that others go on from. ``whole``: a segment can't be cut, as recurrent states.
     """
 
-    def __init__(self, budget: int):
+    def __init__(self, budget: int, *, whole: bool = False):
         self.budget, self.bytes = budget, 0
         self.hits = self.misses = 0
-        self._entries: OrderedDict[bytes, Prefix] = OrderedDict()
+        self._whole = whole
+        self._segments: list[Segment] = []  # the least recently used first
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._segments)
 
-    def get(self, key: bytes) -> Prefix | None:
-        """The prefix of a picture, if it is here; counted as a hit or a miss."""
+    def get(self, text: Text) -> Prefix | None:
+        """The longest prefix of ``text`` that is here; counted as a hit or a miss.
+
+        At least one token of ``text`` is left to be computed.
+        """
         with self._lock:
-            if (entry := self._entries.get(key)) is None:
-                self.misses += 1
-                return None
-            self._entries.move_to_end(key)
-            self.hits += 1
-            return entry
+            found = self._find(text)
+            self.hits += found is not None
+            self.misses += found is None
+            if found:
+                self._touch(found.last)
+            return found
 
-    def peek(self, key: bytes) -> Prefix | None:
+    def peek(self, text: Text) -> Prefix | None:
         """As ``get``, for a second look by the same request: it is not counted again."""
         with self._lock:
-            return self._entries.get(key)
+            return self._find(text)
+
+    def base(self, text: Text) -> Segment | None:
+        """The longest segment that ``text`` wholly begins with: what is put goes on from there."""
+        with self._lock:
+            found = self._find(text, whole=True, most=len(text.ids))
+        return found.last if found else None
 
     def make_room(self, size: int) -> bool:
         """Whether ``size`` bytes more may be kept; what has to go for them has gone then."""
@@ -82,16 +158,13 @@ class PrefixCache:
                 self._drop(self.budget - size)
             return self.bytes + size <= self.budget
 
-    def put(self, key: bytes, prefix: Prefix) -> None:
-        """Keep ``prefix``, if there is room for it."""
-        with self._lock:
-            if key in self._entries:
-                self._drop_one(key)
-        if self.make_room(prefix.bytes):
+    def put(self, segment: Segment) -> None:
+        """Keep ``segment``, if there is room for it."""
+        if self.make_room(segment.bytes):
             with self._lock:
-                if key not in self._entries:
-                    self._entries[key] = prefix
-                    self.bytes += prefix.bytes
+                self._segments.append(segment)
+                self.bytes += segment.bytes
+                self._touch(segment)
 
     def clear(self) -> int:
         """Forget all that nobody holds; how many bytes that was."""
@@ -100,18 +173,34 @@ class PrefixCache:
             self._drop(0)
             return before - self.bytes
 
+    def _find(self, text: Text, *, whole: bool = False, most: int | None = None) -> Prefix | None:
+        most = len(text.ids) - 1 if most is None else most
+        best: Prefix | None = None
+        for segment in self._segments:
+            length = min(segment.text.common(text), most)
+            if length < segment.length if whole or self._whole else length <= segment.start:
+                continue
+            if best is None or length > best.length:
+                best = Prefix(length, segment)
+        if best and (best.length >= _WORTH or any(p[0] < best.length for p in text.pictures)):
+            return best
+        return None
+
+    def _touch(self, segment: Segment) -> None:
+        """It was used now. What it goes on from comes after it, and so is dropped after it."""
+        for each in reversed(segment.chain()):
+            self._segments.remove(each)
+            self._segments.append(each)
+
     def _drop(self, most: int) -> None:
         """Until no more than so many bytes are left, if that can be."""
-        for key in list(self._entries):
-            if self.bytes <= most:
-                break
-            self._drop_one(key)
-
-    def _drop_one(self, key: bytes) -> None:
-        prefix = self._entries.pop(key)
-        size, held = prefix.bytes, weakref.ref(prefix)
-        del prefix  # now it is there only if somebody else holds it
-        if (still := held()) is not None:
-            self._entries[key] = still
-        else:
-            self.bytes -= size
+        place = 0
+        while self.bytes > most and place < len(self._segments):
+            segment = self._segments.pop(place)
+            size, held = segment.bytes, weakref.ref(segment)
+            del segment  # now it is there only if somebody else holds it
+            if (still := held()) is not None:
+                self._segments.insert(place, still)
+                place += 1
+            else:
+                self.bytes -= size

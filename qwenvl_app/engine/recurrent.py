@@ -17,25 +17,8 @@ from typing import Any
 
 import torch
 
-from qwenvl_app.engine.kv_cache import UNBOUNDED, Layout, SlotCache, State
-from qwenvl_app.engine.memory import place
-
-
-def states_of(text: Any) -> tuple[State, ...]:
-    """Those of the recurrent layers of ``text``, a language model; none if it has none."""
-    states = []
-    for number, layer in enumerate(text.layers):
-        if (mixer := getattr(layer, "linear_attn", None)) is not None:
-            states.append(
-                State(
-                    number,
-                    (mixer.conv_dim, mixer.conv_kernel_size),
-                    (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim),
-                    mixer.conv1d.weight.dtype,
-                    place(mixer.conv1d),
-                )
-            )
-    return tuple(states)
+from qwenvl_app.engine.kv_cache import UNBOUNDED, Layers, SlotCache
+from qwenvl_app.engine.layout import Layout, State
 
 
 class RecurrentCache(SlotCache):
@@ -75,15 +58,15 @@ class RecurrentCache(SlotCache):
             if source < len(tensor):
                 tensor[target].copy_(tensor[source])
 
-    def save(self, row: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """See ``SlotCache``; behind keys and values come the states, which are those of now."""
+    def save(self, row: int, length: int, start: int = 0) -> Layers:
+        """See ``SlotCache``; after keys and values come the states, which are those of now."""
         states = self._states.values()
         copies = [(inputs[row].clone(), matrices[row].clone()) for inputs, matrices in states]
-        return super().save(row, length) + copies
+        return super().save(row, length, start) + copies
 
-    def restore(self, row: int, saved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def restore(self, row: int, saved: Layers, start: int = 0, length: int = UNBOUNDED) -> None:
         """See ``SlotCache``."""
-        super().restore(row, saved[: len(self._keys)])
+        super().restore(row, saved[: len(self._keys)], start, length)
         states = (tensor for pair in saved[len(self._keys) :] for tensor in pair)
         for tensor, state in zip(self._all(), states, strict=True):
             tensor[row].copy_(state)

@@ -18,7 +18,7 @@ class Job(Protocol):
 
     @property
     def patches(self) -> int:
-        """Of its picture, in the vision tower."""
+        """Of its pictures, but for those whose part of the cache was found."""
 
     @property
     def prompt_length(self) -> int:
@@ -29,11 +29,11 @@ class Job(Protocol):
         """The most tokens that it will have in the KV cache."""
 
     @property
-    def image_key(self) -> bytes | None:
-        """Equal for equal pictures; None if nothing is shared."""
+    def prefix_key(self) -> bytes | None:
+        """Equal for those that begin alike, up to the last picture; None if nothing is shared."""
 
     @property
-    def encoded(self) -> bool:
+    def seen(self) -> bool:
         """Whether the vision tower has nothing to do for it, any more or at all."""
 
     @property
@@ -49,7 +49,7 @@ J = TypeVar("J", bound=Job)
 
 
 @dataclass
-class Encode(Generic[J]):
+class Vision(Generic[J]):
     """Run layers ``first`` to ``last`` (exclusive) of the vision tower on some pictures."""
 
     jobs: list[J]
@@ -58,10 +58,10 @@ class Encode(Generic[J]):
 
 
 @dataclass
-class Plan(Generic[J]):
+class Step(Generic[J]):
     """What comes before a step's decode; prefill: (sequence, tokens)."""
 
-    encode: Encode[J] | None = None
+    vision: Vision[J] | None = None
     prefill: list[tuple[J, int]] = field(default_factory=list)
 
 
@@ -70,7 +70,7 @@ class Scheduler(Generic[J]):
 
     ``budget`` is in tokens of KV cache: its rectangle of rows times the longest row is held under
     it, counting what each sequence may still grow to, so that nothing that runs ever has to stop
-    for want of memory. The cache keeps to ``cache_room``. ``chunk`` bounds the prompt tokens of one
+    for want of memory; the cache keeps to ``cache_limit``. ``chunk`` bounds the prompt tokens of a
     step, and so how long the others wait for their next token; ``patches`` does the same for whole
     passes of the vision tower, whose ``depth`` layers are spread over several steps for a picture
     that has more. ``cost`` is what a patch takes of the budget, in tokens: while it is in the
@@ -92,7 +92,7 @@ class Scheduler(Generic[J]):
         self.rows: list[J] = []
         # The same in the order of arrival: a row that is moved into a hole overtakes nobody.
         self._order: list[J] = []
-        self._encoding: Encode[J] | None = None
+        self._vision: Vision[J] | None = None
 
     def admit(self) -> list[J]:
         """Move those who can start from the queue to rows; returns them, in order of rows."""
@@ -104,10 +104,10 @@ class Scheduler(Generic[J]):
         self._order += self.rows[first:]
         return self.rows[first:]
 
-    def plan(self) -> Plan[J]:
+    def next_step(self) -> Step[J]:
         """What the next step prefills. Sequences whose picture it finishes are in it too."""
-        plan: Plan[J] = Plan(encode=self._plan_encode())
-        done = plan.encode.jobs if plan.encode and plan.encode.last == self._depth else []
+        step: Step[J] = Step(vision=self._next_vision())
+        done = step.vision.jobs if step.vision and step.vision.last == self._depth else []
         widest = 0
         for job in self._order:
             end = job.boundary if job.computed < job.boundary else job.prompt_length
@@ -115,11 +115,11 @@ class Scheduler(Generic[J]):
             if width <= 0:
                 continue
             # A prefill call is a rectangle too: a short prompt beside a long one is mostly padding.
-            area = (len(plan.prefill) + 1) * max(widest, width)
-            if (job.encoded or job in done) and (not plan.prefill or area <= self.chunk):
-                plan.prefill.append((job, width))
+            area = (len(step.prefill) + 1) * max(widest, width)
+            if (job.seen or job in done) and (not step.prefill or area <= self.chunk):
+                step.prefill.append((job, width))
                 widest = max(widest, width)
-        return plan
+        return step
 
     def complete(self) -> list[J]:
         """Those that get a token by decoding, in order of rows."""
@@ -127,9 +127,9 @@ class Scheduler(Generic[J]):
 
     def remove(self, job: J) -> tuple[int, int] | None:
         """Take ``job`` out wherever it is; returns (from, to) if a row has to move for that."""
-        if self._encoding and job in self._encoding.jobs:
+        if self._vision and job in self._vision.jobs:
             # Its pictures are one batch in the vision tower: the others start again.
-            self._encoding = None
+            self._vision = None
         if job not in self.rows:
             self.waiting.remove(job)
             return None
@@ -141,12 +141,12 @@ class Scheduler(Generic[J]):
         self.rows[hole] = moved
         return last, hole
 
-    def room(self, patches: int) -> int:
+    def longest(self, patches: int) -> int:
         """Tokens that a job with such a picture may have, with nobody beside it; 0: none."""
         tower, features = (math.ceil(patches * cost) for cost in self._cost)
         return self.budget - features if tower + features <= self.budget else 0
 
-    def cache_room(self) -> int:
+    def cache_limit(self) -> int:
         """Tokens that the KV cache may hold now: what the pictures of the rows leave of the budget.
 
         At least what the rows that run may grow to. But who is alone has none while its picture is
@@ -164,7 +164,7 @@ class Scheduler(Generic[J]):
 
     def _pictures(self, rows: list[J]) -> tuple[int, int]:
         """Tokens of the budget: what the tower may take for ``rows``, and what of it is unread."""
-        unseen = [row.patches for row in rows if not row.encoded]
+        unseen = [row.patches for row in rows if not row.seen]
         # One large picture is in the tower at a time, or several small ones.
         most = max([min(sum(unseen), self._patches), *unseen])
         unread = sum(row.patches for row in rows if row.computed < row.prompt_length)
@@ -172,28 +172,28 @@ class Scheduler(Generic[J]):
 
     def _will_be_shared(self, job: J) -> bool:
         return (
-            job.image_key is not None
-            and not job.encoded
+            job.prefix_key is not None
+            and not job.seen
             and any(
-                row.image_key == job.image_key and row.computed < row.prompt_length
+                row.prefix_key == job.prefix_key and row.computed < row.prompt_length
                 for row in self.rows
             )
         )
 
-    def _plan_encode(self) -> Encode[J] | None:
-        if self._encoding is None:
+    def _next_vision(self) -> Vision[J] | None:
+        if self._vision is None:
             jobs: list[J] = []
             for job in self._order:
-                if not job.encoded and (
+                if not job.seen and (
                     not jobs or sum(j.patches for j in [*jobs, job]) <= self._patches
                 ):
                     jobs.append(job)
             if not jobs:
                 return None
-            self._encoding = Encode(jobs, 0, 0)
-        encode = self._encoding
-        work = sum(job.patches for job in encode.jobs)
+            self._vision = Vision(jobs, 0, 0)
+        vision = self._vision
+        work = sum(job.patches for job in vision.jobs)
         layers = max(1, self._depth * self._patches // work)
-        encode = Encode(encode.jobs, encode.last, min(self._depth, encode.last + layers))
-        self._encoding = encode if encode.last < self._depth else None
-        return encode
+        vision = Vision(vision.jobs, vision.last, min(self._depth, vision.last + layers))
+        self._vision = vision if vision.last < self._depth else None
+        return vision

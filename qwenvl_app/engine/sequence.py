@@ -5,44 +5,29 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Set
+from dataclasses import replace
+from typing import NamedTuple
 
-import torch
-
-from qwenvl_app.engine.detokenizer import Detokenizer, StopStrings
-from qwenvl_app.engine.pixels import Grid
+from qwenvl_app.engine.inputs import Inputs, Span
+from qwenvl_app.engine.logprobs import Score
 from qwenvl_app.engine.prefix_cache import Prefix
-from qwenvl_app.engine.sampling import Sampler
+from qwenvl_app.engine.rendering import Renderer
+from qwenvl_app.engine.sampling import Sampler, repeats_itself
 from qwenvl_app.errors import DeadlineExceeded, ServiceError
 from qwenvl_app.generation import Delta, FinishReason, GenerationRequest, Timings, Usage
 
-Event = list[int] | FinishReason | ServiceError
+_CHECK_REPETITION = 16  # tokens between two looks
 
 
-@dataclass
-class Features:
-    """What the vision tower made of one picture, as the language model takes it.
-
-    ``embeds`` (image tokens, hidden) and, for the first layers of the language model, DeepStack's
-    additions of the same shape.
-    """
-
-    embeds: torch.Tensor
-    deepstack: list[torch.Tensor]
-
-
-@dataclass
-class Inputs:
-    """A request as the model takes it; tensors are on the CPU. Made on the request's thread."""
+class Tokens(NamedTuple):
+    """New ones of the answer; ``scores`` has one for each, if they are wanted."""
 
     ids: list[int]
-    positions: torch.Tensor  # (3, tokens): temporal, vertical, horizontal
-    grid: Grid
-    image_tokens: range  # the places in ``ids`` that the picture's features go to
-    pixels: torch.Tensor | None = None  # see ``pixels.Patcher``; not needed for a known picture
-    image_key: bytes | None = None
-    boundary: int = 0  # see ``scheduler.Job``
+    scores: list[Score]
+
+
+Event = Tokens | FinishReason | ServiceError
 
 
 class Sequence:
@@ -58,7 +43,7 @@ class Sequence:
         inputs: Inputs,
         sampler: Sampler,
         limit: int,
-        detokenizer: Detokenizer,
+        renderer: Renderer,
         arrived: float,
         prefix: Prefix | None = None,
     ):
@@ -67,8 +52,8 @@ class Sequence:
         # Who gets the text in one piece at the end is not woken up for every token.
         self.eager = request.stream or bool(request.sampling.stop)
         self.inputs, self.sampler, self.limit = inputs, sampler, limit
+        self.logprobs = request.logprobs
         self.prefix = prefix
-        self.features: Features | None = None
         self.computed = 0  # tokens of prompt and answer whose keys and values are in the cache
         self.cached = 0  # of them, those that came from the prefix cache
         self.tokens: list[int] = []  # the answer's
@@ -76,19 +61,35 @@ class Sequence:
         self.timings = Timings(preprocess=self.queued - arrived)
         self.started = self.first_token = 0.0
         self._arrived, self._sent = arrived, 0
-        self._detokenizer = detokenizer
+        self._scores: list[Score] = []  # of the tokens that are not sent yet
+        self._renderer = renderer
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._cancelled = threading.Event()
 
     @property
+    def images(self) -> list[Span]:
+        """Pictures that are computed for it: those that no prefix was found of."""
+        found = self.prefix.length if self.prefix else self.cached
+        return [image for image in self.inputs.images if image.tokens.stop > found]
+
+    @property
+    def unseen(self) -> list[Span]:
+        """Of them, those that the vision tower has not been through with."""
+        return [i for i in self.images if i.features is None and i.tokens.stop > self.computed]
+
+    @property
+    def seen(self) -> bool:
+        """Whether the vision tower has nothing to do for it, any more or at all."""
+        return not self.unseen
+
+    @property
     def patches(self) -> int:
-        """Patches of the picture in the vision tower."""
-        time_, rows, columns = self.inputs.grid
-        return time_ * rows * columns
+        """See ``scheduler.Job``."""
+        return sum(image.patches for image in self.images)
 
     @property
     def prompt_length(self) -> int:
-        """Tokens of the prompt, the picture's included."""
+        """Tokens of the prompt, those of pictures included."""
         return len(self.inputs.ids)
 
     @property
@@ -97,23 +98,14 @@ class Sequence:
         return self.prompt_length + self.limit
 
     @property
-    def image_key(self) -> bytes | None:
-        """Equal for equal pictures; None if nothing is shared."""
-        return self.inputs.image_key
+    def prefix_key(self) -> bytes | None:
+        """See ``scheduler.Job``."""
+        return self.inputs.prefix_key
 
     @property
     def boundary(self) -> int:
         """See ``scheduler.Job``."""
         return self.inputs.boundary
-
-    @property
-    def encoded(self) -> bool:
-        """Whether the vision tower has nothing to do for it, any more or at all."""
-        return (
-            self.features is not None
-            or self.prefix is not None
-            or self.computed >= self.inputs.image_tokens.stop
-        )
 
     @property
     def position(self) -> int:
@@ -134,13 +126,27 @@ class Sequence:
         """It has a slot now."""
         self.started = time.monotonic()
 
-    def append(self, token: int) -> None:
+    def append(self, token: int, score: Score | None = None) -> None:
         """One more token of the answer."""
         if not self.tokens:
             self.first_token = time.monotonic()
         self.tokens.append(token)
+        if score:
+            self._scores.append(score)
         if self.eager:
             self._send()
+
+    def reason_to_end(self, ends: Set[int]) -> FinishReason | None:
+        """Why its latest token is the last one, if it is. ``ends``: those that say so."""
+        params = self.params
+        if self.tokens[-1] in ends and not params.ignore_eos:
+            return FinishReason.STOP
+        if len(self.tokens) >= self.limit:
+            return FinishReason.LENGTH
+        due = params.repetition_limit and len(self.tokens) % _CHECK_REPETITION == 0
+        if due and repeats_itself(self.tokens, params.repetition_limit):
+            return FinishReason.REPETITION
+        return None
 
     def finish(self, end: FinishReason | ServiceError) -> None:
         """The end, exactly once."""
@@ -153,32 +159,30 @@ class Sequence:
             first_token=first - self._arrived,
             decode=now - first,
         )
-        self.features = self.prefix = None
+        self.prefix = None
+        for image in self.inputs.images:
+            image.pixels = image.features = None
         self._send()
         self._events.put(end)
 
     def __iter__(self) -> Iterator[Delta]:
         """See ``backends.Generation``. Text is made here, not on the engine's thread."""
-        detokenizer, stops, count = self._detokenizer, StopStrings(self.params.stop), 0
-        while True:
-            event = self._next()
-            if isinstance(event, ServiceError):
-                raise event
-            if isinstance(event, FinishReason):
-                text, stopped = stops.push(detokenizer.flush())
-                text += stops.flush()
-                yield self._last(text, FinishReason.STOP if stopped else event, count)
-                return
-            count += len(event)
-            text, stopped = stops.push(detokenizer.push(event))
-            if stopped:
+        renderer, count = self._renderer, 0
+        while isinstance(event := self._next(), Tokens):
+            count += len(event.ids)
+            delta = renderer.push(*event)
+            if renderer.stopped:
                 self._cancelled.set()
-                while isinstance(event := self._next(), list):
+                while isinstance(self._next(), Tokens):
                     pass  # what came after the stop string
-                yield self._last(text, FinishReason.STOP, count)
+                yield self._last(delta, FinishReason.STOP, count)
                 return
-            if text:
-                yield Delta(text)
+            if delta.text or delta.reasoning:
+                yield delta
+        if isinstance(event, ServiceError):
+            raise event
+        delta = renderer.flush()
+        yield self._last(delta, FinishReason.STOP if renderer.stopped else event, count)
 
     def _next(self) -> Event:
         """What the engine says next, or that it is too late: a stuck engine holds nobody."""
@@ -190,11 +194,11 @@ class Sequence:
             self.cancel()
             return DeadlineExceeded()
 
-    def _last(self, text: str, reason: FinishReason, count: int) -> Delta:
-        usage = Usage(self.prompt_length, count, self.cached, self._detokenizer.reasoned)
-        return Delta(text, reason, usage, self.timings)
+    def _last(self, delta: Delta, reason: FinishReason, count: int) -> Delta:
+        usage = Usage(self.prompt_length, count, self.cached, self._renderer.reasoned)
+        return replace(delta, finish_reason=reason, usage=usage, timings=self.timings)
 
     def _send(self) -> None:
         if self._sent < len(self.tokens):
-            self._events.put(self.tokens[self._sent :])
-            self._sent = len(self.tokens)
+            self._events.put(Tokens(self.tokens[self._sent :], self._scores))
+            self._sent, self._scores = len(self.tokens), []

@@ -21,8 +21,8 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from qwenvl_app.engine.inputs import Features, Span
 from qwenvl_app.engine.pixels import Grid
-from qwenvl_app.engine.sequence import Features, Sequence
 
 _SMALL = 1024  # patches in all: what is kept for later is at most a few MB each
 
@@ -44,8 +44,8 @@ class Geometry(NamedTuple):
     longest: int | None
 
 
-class Tower:
-    """The vision tower. Used by the engine's thread alone."""
+class VisionTower:
+    """transformers' ``visual``, part by part. Used by the engine's thread alone."""
 
     def __init__(self, visual: Any):
         self.visual, self.merge = visual, visual.spatial_merge_size
@@ -129,18 +129,18 @@ class Tower:
         return merged[windows.order].flatten(0, 1)
 
 
-class Encoding:
+class VisionPass:
     """Pictures on their way through the vision tower, which may take several steps.
 
     The tower's ``forward`` cut between its layers, so that one large picture does not hold up the
     answers that are being written.
     """
 
-    def __init__(self, tower: Tower, sequences: list[Sequence]):
+    def __init__(self, tower: VisionTower, images: list[Span]):
         self._tower = tower
-        self._geometry = tower.geometry(tuple(s.inputs.grid for s in sequences))
-        self._sizes = [s.patches // tower.merge**2 for s in sequences]
-        pixels = torch.cat([s.inputs.pixels for s in sequences if s.inputs.pixels is not None])
+        self._geometry = tower.geometry(tuple(image.grid for image in images))
+        self._sizes = [image.patches // tower.merge**2 for image in images]
+        pixels = torch.cat([image.pixels for image in images if image.pixels is not None])
         self._hidden = tower.embed(pixels, self._geometry)
         self._deepstack: list[torch.Tensor] = []
 

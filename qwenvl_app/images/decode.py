@@ -7,15 +7,14 @@ that way, and a profile is one more parser for hostile input.
 
 from __future__ import annotations
 
-import logging
-import warnings
-
 import pillow_heif
 from PIL import ExifTags, Image, ImageChops
 
+from qwenvl_app import process
 from qwenvl_app.errors import BadRequest, TooLarge
+from qwenvl_app.images.pieces import Pieces, opened
 from qwenvl_app.images.samples import Samples, prepare, to_rgb, transparent_color
-from qwenvl_app.images.source import Pieces, opened, source
+from qwenvl_app.images.source import source
 from qwenvl_app.images.structure import check_structure
 
 # Chosen by content, never by name. MPO, a phone's JPEG with a second picture, comes through JPEG.
@@ -37,11 +36,7 @@ _TURNS = {
 
 # Previews, depth maps and the like are not looked at, so they need not be listed.
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
-# Pillow warns of odd files in words that depend on them, and Python keeps every text it has shown:
-# a line in the log for each file, and memory that is never given back.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-# It logs an error for some broken files, too; what a client sends is none of the service's.
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
+process.quiet_pillow()
 
 
 def decode_image(data: bytes, *, max_megapixels: float) -> Image.Image:

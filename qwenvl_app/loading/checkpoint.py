@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
 _MODELSCOPE_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(\w[\w.-]*))?")
 _DTYPES = ("float32", "bfloat16", "float16")
 # What transformers can't do without for quantised weights, and how pip calls it: docs/models.md.
-_QUANTISED = {
+_PACKAGES = {
     "awq": {"gptqmodel": "gptqmodel"},
     "gptq": {"gptqmodel": "gptqmodel", "optimum": "optimum"},
     "bitsandbytes": {"bitsandbytes": "bitsandbytes"},
@@ -45,14 +46,63 @@ class NotDownloaded(ModelLoadError):
     """What an id stands for is not here yet, or not all of it."""
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is whole, as far as its files' headers say."""
+
+    directory: Path
+    config: dict[str, Any]  # config.json
+    chat_template: str = ""
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The language model's part of ``config``; Qwen2.5-VL was published with all in one."""
+        text: dict[str, Any] = self.config.get("text_config", self.config)
+        return text
+
+    @property
+    def quantised(self) -> str | None:
+        """The method, if the weights are quantised."""
+        config = self.config.get("quantization_config")
+        return config.get("quant_method") if isinstance(config, dict) else None
+
+
 def find(
     name: str, *, download: bool = True, say: Callable[[str], None] = lambda _message: None
-) -> Path:
-    """The directory of ``demo``, a directory, or a ModelScope id, ``@`` a revision perhaps.
+) -> Checkpoint:
+    """The checkpoint of ``demo``, a directory, or a ModelScope id, ``@`` a revision perhaps.
 
-    Raises ModelLoadError, for an id of which not all is here NotDownloaded if not to ``download``.
-    ``say`` is told how far a download is.
+    Raises ModelLoadError for one that is not whole, NotDownloaded for an id of which not all is
+    here if not to ``download``. ``say`` is told how far a download is.
     """
+    directory = _locate(name, download, say)
+    with readable("the model directory"):
+        names = sorted(path.name for path in directory.iterdir())
+    if not names:
+        raise ModelLoadError(
+            "the model directory is empty; copy or download the checkpoint into it"
+        )
+    for file in names:
+        refuse_pointer(directory, file)
+    if "config.json" not in names:
+        weights.refuse_gguf(names)
+    checkpoint = Checkpoint(directory, read_json(directory, "config.json"))
+    _check_config(checkpoint)
+    image_settings(directory)
+    read_json(directory, "tokenizer_config.json")
+    if "generation_config.json" in names:
+        read_json(directory, "generation_config.json")
+    if "tokenizer.json" in names:
+        read_json(directory, "tokenizer.json")
+    else:
+        for file in ("vocab.json", "merges.txt"):
+            if file not in names:
+                raise ModelLoadError(f"the model directory lacks tokenizer.json and {file}")
+    weights.check(directory, names)
+    return replace(checkpoint, chat_template=_chat_template(directory))
+
+
+def _locate(name: str, download: bool, say: Callable[[str], None]) -> Path:
     if name == "demo":
         return DEMO
     path = Path(name).expanduser()
@@ -74,37 +124,8 @@ def find(
     return hub.download(model, revision, say)
 
 
-def check(directory: Path) -> str:
-    """Check that ``directory`` holds a whole checkpoint; returns its chat template.
-
-    Raises ModelLoadError.
-    """
-    with readable("the model directory"):
-        names = sorted(path.name for path in directory.iterdir())
-    if not names:
-        raise ModelLoadError(
-            "the model directory is empty; copy or download the checkpoint into it"
-        )
-    for file in names:
-        refuse_pointer(directory, file)
-    if "config.json" not in names:
-        weights.refuse_gguf(names)
-    _check_config(read_json(directory, "config.json"))
-    image_settings(directory)
-    read_json(directory, "tokenizer_config.json")
-    if "generation_config.json" in names:
-        read_json(directory, "generation_config.json")
-    if "tokenizer.json" in names:
-        read_json(directory, "tokenizer.json")
-    else:
-        for file in ("vocab.json", "merges.txt"):
-            if file not in names:
-                raise ModelLoadError(f"the model directory lacks tokenizer.json and {file}")
-    weights.check(directory, names)
-    return _chat_template(directory)
-
-
-def _check_config(config: dict[str, Any]) -> None:
+def _check_config(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise ModelLoadError(
@@ -112,7 +133,7 @@ def _check_config(config: dict[str, Any]) -> None:
         )
     parts = {name: config.get(name) for name in ("text_config", "vision_config")}
     if model_type == "qwen2_5_vl" and "text_config" not in config:
-        parts["text_config"] = config  # as it was published: all in one
+        parts["text_config"] = checkpoint.text
     for name, part in parts.items():
         if not isinstance(part, dict):
             raise ModelLoadError(
@@ -126,17 +147,16 @@ def _check_config(config: dict[str, Any]) -> None:
                 raise ModelLoadError(
                     f"config.json has {key} {dtype!r}; it must be one of {', '.join(_DTYPES)}"
                 )
-    if (quantised := config.get("quantization_config")) is not None:
-        _check_quantisation(quantised)
+    if config.get("quantization_config") is not None:
+        _check_method(checkpoint.quantised)
 
 
-def _check_quantisation(config: Any) -> None:
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    if method not in _QUANTISED:
+def _check_method(method: str | None) -> None:
+    if method not in _PACKAGES:
         raise ModelLoadError(
-            f"config.json has quant_method {method!r}; supported are {', '.join(_QUANTISED)}"
+            f"config.json has quant_method {method!r}; supported are {', '.join(_PACKAGES)}"
         )
-    packages = _QUANTISED[method]
+    packages = _PACKAGES[method]
     if missing := [packages[name] for name in packages if importlib.util.find_spec(name) is None]:
         raise ModelLoadError(
             f"the weights are quantised with {method}, which needs another package: "

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from modelscope_hub import HubApi, HubConfig, ProgressCallback, _download, errors
+from modelscope_hub import HubApi, HubConfig, ProgressCallback, errors
 
+from qwenvl_app import process
 from qwenvl_app.errors import ModelLoadError
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ def download(name: str, revision: str, say: Say) -> Path:
     """
     config = _config()
     directory = _directory(config, name, revision)
-    api = _client(config)
+    process.quiet_modelscope(_LONGEST_S)
+    api = HubApi(config)
     try:
         say(f"asking ModelScope for the files of {name}")
         files, commit = _list(api, name, revision)
@@ -119,18 +121,6 @@ class _Anonymous(HubConfig):
 
 def _config() -> HubConfig:
     return _Anonymous(token="")  # none; else it would look for one that was kept
-
-
-def _client(config: HubConfig) -> HubApi:
-    library = logging.getLogger("modelscope_hub")
-    library.handlers.clear()  # its lines go where all others go
-    library.propagate = True
-    internals: Any = _download
-    if not isinstance(internals.tqdm, partial):  # its bars are noise in a log
-        internals.tqdm = partial(internals.tqdm, disable=True)
-    # An hour for each file: too little for 5 GB on a slow line. One that stands still ends sooner.
-    internals.DOWNLOAD_TOTAL_TIMEOUT = max(internals.DOWNLOAD_TOTAL_TIMEOUT, _LONGEST_S)
-    return HubApi(config)
 
 
 def _directory(config: HubConfig, name: str, revision: str) -> Path:

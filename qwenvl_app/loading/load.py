@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -13,15 +12,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.errors import ModelLoadError, is_out_of_memory
 from qwenvl_app.loading import generation_defaults, processing, progress, weights
-from qwenvl_app.loading.checkpoint import check, find
+from qwenvl_app.loading.checkpoint import Checkpoint, find
 from qwenvl_app.loading.devices import keeps_fp8
-from qwenvl_app.loading.files import read_json
 
 log = logging.getLogger(__name__)
 
 
 def load(
-    name: str,
+    source: str | Checkpoint,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -29,7 +27,7 @@ def load(
     max_memory: dict[int | str, int] | None = None,
     say: Callable[[str], None] = lambda _message: None,
 ) -> LoadedModel:
-    """Load ``name``: ``demo``, a directory, or a ModelScope id. Takes seconds to minutes.
+    """Load what ``checkpoint.find`` has found or is to find. Takes seconds to minutes.
 
     By default as the service being replaced: ``dtype="auto"``, ``device_map="auto"`` through
     accelerate, and the checkpoint's own ``generation_config``. ``max_memory``: bytes of weights on
@@ -37,13 +35,13 @@ def load(
     LoadStopped. Raises ModelLoadError.
     """
     say("looking for the checkpoint")
-    directory = find(name, say=say)
+    checkpoint = find(source, say=say) if isinstance(source, str) else source
+    directory = checkpoint.directory
     log.info("loading the model from %s", directory)
-    template = check(directory)
-    config = _config(directory, device)
+    config = _config(checkpoint, device)
     defaults = generation_defaults.load(directory, config)
     auto: Any = AutoModelForImageTextToText  # transformers' annotations don't know the report
-    with progress.told(say), _quantisation_told(directory):
+    with progress.told(say), _quantisation_told(checkpoint.quantised):
         model, report = auto.from_pretrained(
             directory,
             config=config,
@@ -54,33 +52,22 @@ def load(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below
+            ignore_mismatched_sizes=True,  # they are told by _check_weights
         )
-    for tensor, stored, wanted in sorted(report["mismatched_keys"]):
-        raise ModelLoadError(
-            f"the weights do not fit config.json: {tensor} is {tuple(stored)} and should be "
-            f"{tuple(wanted)}; the files are not of one checkpoint"
-        )
-    if missing := sorted(report["missing_keys"]):  # they would be filled with random numbers
-        raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
+    _check_weights(report)
     _tell_offload(getattr(model, "hf_device_map", {}))
     model.generation_config = defaults
-    return LoadedModel(model.eval(), *processing.load(directory, model.config, template))
-
-
-def _quantised(directory: Path) -> str | None:
-    config = read_json(directory, "config.json").get("quantization_config") or {}
-    method: str | None = config.get("quant_method")
-    return method
+    loaded = LoadedModel(model.eval(), *processing.load(checkpoint, model.config))
+    _ = loaded.grammars  # it holds up all threads for a second: not when requests run
+    return loaded
 
 
 @contextmanager
-def _quantisation_told(directory: Path) -> Iterator[None]:
+def _quantisation_told(method: str | None) -> Iterator[None]:
     """What a quantised checkpoint's own libraries raise is of many classes, and for the log."""
     try:
         yield
     except (ImportError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        method = _quantised(directory)
         if method is None or is_out_of_memory(error):
             raise
         log.exception("the quantised weights can't be loaded")
@@ -90,19 +77,30 @@ def _quantisation_told(directory: Path) -> Iterator[None]:
         ) from None
 
 
-def _config(directory: Path, device: str) -> Any:
+def _config(checkpoint: Checkpoint, device: str) -> Any:
     """config.json, and in it which weights to load: the same that were checked.
 
     Quantised ones that no product is there for are turned back. compressed-tensors would do so in
     the first call of the whole model, which never comes here: its parts are called.
     """
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    config.transformers_weights = weights.first(directory)
-    method = _quantised(directory)
+    config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    config.transformers_weights = weights.first(checkpoint.directory)
+    method = checkpoint.quantised
     if method == "compressed-tensors" or (method == "fp8" and not keeps_fp8(device)):
         log.warning("%s weights are loaded as they were before they were quantised", method)
         config.quantization_config["dequantize"] = True
     return config
+
+
+def _check_weights(report: dict[str, Any]) -> None:
+    """Raise ModelLoadError unless all weights were there; others are filled with random numbers."""
+    for tensor, stored, wanted in sorted(report["mismatched_keys"]):
+        raise ModelLoadError(
+            f"the weights do not fit config.json: {tensor} is {tuple(stored)} and should be "
+            f"{tuple(wanted)}; the files are not of one checkpoint"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
 
 
 def _tell_offload(places: dict[str, Any]) -> None:

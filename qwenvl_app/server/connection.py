@@ -1,30 +1,68 @@
-"""A client's connection, as the worker's loop (``reception.py``) and its threads share it."""
+"""A client's connection: what the worker's loop knows of it, and what its thread does."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Generator
+import struct
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from typing import Any
 
 from gunicorn.config import Config
+from gunicorn.http import RequestParser
 from gunicorn.workers.gthread import TConn
 
-from qwenvl_app.server.framing import Incoming
+from qwenvl_app.server.framing import Incoming, State
+
+SEND_TIMEOUT_S = 10  # for a client that does not read its answer
+_SEND_TIMEOUT = struct.pack("ll", SEND_TIMEOUT_S, 0)  # struct timeval
+# Room for answers that a client has not read yet. A connection's next request is taken up only
+# while a third of it is free, so that an answer fits and no thread waits for the client to read.
+_SEND_BUFFER = 2**18
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A request that a thread has."""
+
+    arrived: float  # monotonic: its first byte
+    whole: bool  # it is all there, and not only a head that is refused
+    has_body: bool
+    is_head: bool  # the answer is to have no body
+    pieces: Generator[bytes, None, None]  # of its bytes, given up as gunicorn's parser reads them
 
 
 class Connection(TConn):  # type: ignore[misc]
-    """A client, and the request that it is sending."""
+    """A client, and the request that it is sending.
+
+    The loop's, but for ``taken`` and ``parser``: the loop sets those before a thread has the
+    connection, and only the thread uses them until it gives it back.
+    """
 
     def __init__(self, cfg: Config, sock: socket.socket, client: Any, server: Any):
         super().__init__(cfg, sock, client, server)
-        self.initialized = True  # no handshake, and a new parser for every request
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        # Not settimeout: with that, Python waits for a third of the buffer before it sends.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SEND_TIMEOUT)
+        self.initialized = True  # there is a new parser for every request: ``take``
         self.incoming: Incoming
-        self.buffered = 0  # bytes in there, as the reception has counted them
+        self.taken: Taken
+        self.buffered = 0  # bytes in ``incoming``, as the reception has counted them
         self.arrived = self.since = 0.0  # monotonic: first byte of the request; in this state since
-        self.deadline = 0.0
-        self.whole = False  # the request that a thread has: it is all there
-        self.has_body = False  # and not only a head
-        self.is_head = False  # and the answer is to have no body
-        self.pieces: Generator[bytes, None, None]  # of the request that a thread has
+        self.expires = 0.0  # monotonic: when this state has to have ended
         self.kept = False  # it has had an answer already
-        self.lingering: int | None = None  # bytes still to be thrown away; None: not closing yet
+        self.lingering = 0  # bytes still to be thrown away before the end; 0: not closing yet
+        self.ready: Callable[[Connection], None]  # what the poller's next event calls
+
+    def take(self) -> bytes:
+        """Make what is there the request of a thread, with a parser; returns what follows it."""
+        incoming = self.incoming
+        whole, has_body, is_head = (
+            incoming.state is State.WHOLE,
+            incoming.has_body,
+            incoming.is_head,
+        )
+        pieces, rest = incoming.take()
+        self.taken = Taken(self.arrived, whole, has_body, is_head, pieces)
+        self.parser = RequestParser(self.cfg, pieces, self.client)
+        return rest

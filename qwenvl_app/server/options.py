@@ -5,15 +5,22 @@ from __future__ import annotations
 from gunicorn.config import Config
 
 _HTTP = "let the proxy in front speak HTTP/1.1 to this service"
+_TLS = (
+    "terminate TLS in nginx (deploy/nginx.conf): a handshake here would hold up the one loop that "
+    "reads every request"
+)
 
 
 def fault(cfg: Config) -> str | None:
     """One sentence for the operator about the first of them; None if there is none.
 
     The loop finds out where a request ends before gunicorn's parser reads it (``framing.py``), and
-    under these options that parser reads something else than HTTP/1.1, or without a bound.
+    under these options that parser reads something else than HTTP/1.1, or without a bound. TLS
+    would have to be read by the loop too, and its records told apart there.
     """
     wrong = {
+        "certfile": (cfg.certfile is not None, _TLS),
+        "keyfile": (cfg.keyfile is not None, _TLS),
         "limit_request_line": (
             cfg.limit_request_line == 0,
             "a request line has to have a limit, from 1 to 8190",

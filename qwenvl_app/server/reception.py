@@ -8,71 +8,64 @@ from __future__ import annotations
 import errno
 import selectors
 import socket
-import struct
 import time
+from collections import deque
 from collections.abc import Callable
-from functools import partial
 
 from gunicorn.config import Config
-from gunicorn.http import Request, RequestParser
+from gunicorn.http import Request
 
 from qwenvl_app.errors import ServiceError, Unavailable
 from qwenvl_app.server import refusals
-from qwenvl_app.server.connection import Connection
-from qwenvl_app.server.framing import Incoming, Rules, State
-from qwenvl_app.settings import Settings
-from qwenvl_app.web import proxies
-from qwenvl_app.web.errors import malformed, of_http
+from qwenvl_app.server.connection import SEND_TIMEOUT_S, Connection
+from qwenvl_app.server.connections import Connections
+from qwenvl_app.server.framing import Rules, State
+from qwenvl_app.server.limits import Limits
+from qwenvl_app.web.errors import malformed, of_http, too_large
 
 # Bytes at a time. Of a body much, since every call may wait for the GIL; of a head less, since what
 # belongs to the requests after it is copied with each of them.
 _RECEIVE, _RECEIVE_HEAD = 2**20, 2**16
 _ACCEPT = 64  # connections at a time
-_SEND_TIMEOUT_S = 10  # for a client that does not read its answer
-_SEND_TIMEOUT = struct.pack("ll", _SEND_TIMEOUT_S, 0)  # struct timeval
-# Room for answers that a client has not read yet. A connection's next request is taken up only
-# while a third of it is free, so that an answer fits and no thread waits for the client to read.
-_SEND_BUFFER = 2**18
-# A client that is still sending gets to read its answer first: a socket that is closed with bytes
-# unread is reset. For so long, and so many bytes, what it sends is thrown away.
-_LINGER_S = 5.0
-_LINGER_BYTES = 64 * 2**20
 _LAST_WORDS_S = 2.0  # at the end of a stop, for clients that are connected and have not asked yet
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Reception:
-    """All connections.
+    """All connections. A thread gets those whose request is there by ``take``, and none before.
 
-    ``serve`` is called with each that has a request for a thread, ``refused`` with each error that
-    is answered here. ``admits`` says of a head whether its body is worth waiting for; if not, the
-    application gets the head alone, to say so.
+    ``admits`` says of a head whether its body is worth waiting for; if not, the application gets
+    the head alone, to say so.
     """
 
     def __init__(
         self,
         cfg: Config,
-        settings: Settings,
+        limits: Limits,
         poller: selectors.BaseSelector,
-        serve: Callable[[Connection], None],
-        refused: Callable[[ServiceError], None],
+        refuser: refusals.Refusals,
         admits: Callable[[Request], bool],
     ):
-        self.cfg, self.settings, self.poller, self.serve = cfg, settings, poller, serve
-        self._refused = refused
-        self.connections: dict[socket.socket, Connection] = {}
+        self._cfg, self._limits, self._refuser = cfg, limits, refuser
+        self.connections = Connections(poller, Rules(cfg, limits.body, admits))
         self.stopping = False
-        self._reading: set[Connection] = set()  # with the poller: idle, unfinished or lingering
+        self._heads: deque[Connection] = deque()  # requests that wait for a thread
+        self._bodies: deque[Connection] = deque()  # the same, those with a body
         self._scratch = memoryview(bytearray(_RECEIVE))
-        self._rules = Rules(cfg, settings.max_upload_mb * 2**20, admits)
-        self._buffered = 0  # bytes of all requests that no thread has taken
-        # One upload of the largest kind fits in any case.
-        self._max_buffered = max(settings.upload_buffer_mb, 2 * settings.max_upload_mb) * 2**20
 
     @property
     def has_room(self) -> bool:
         """Whether one more can be accepted, if need be for one that goes."""
-        return len(self.connections) < self.cfg.worker_connections or bool(self._reading)
+        return bool(self.connections.watched) or not self._is_full
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self.connections.all) >= self._limits.connections
+
+    @property
+    def waiting(self) -> set[Connection]:
+        """Those whose request waits for a thread."""
+        return {*self._heads, *self._bodies}
 
     def accept(self, listener: socket.socket) -> None:
         """Take connections that are waiting, as long as there is room, and up to a number.
@@ -80,7 +73,7 @@ class Reception:
         Then it is the others' turn: a flood of them must not hold the loop.
         """
         for _ in range(_ACCEPT):
-            if len(self.connections) >= self.cfg.worker_connections and not self._make_room():
+            if self._is_full and not self._make_room():
                 return
             try:
                 sock, client = listener.accept()
@@ -88,71 +81,71 @@ class Reception:
                 if error.errno in _FULL and self._make_room():
                     continue
                 return
-            conn = Connection(self.cfg, sock, client, listener.getsockname())
-            self.connections[sock] = conn
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-            # Not settimeout: with that, Python waits for a third of the buffer before it sends.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SEND_TIMEOUT)
-            self._renew(conn)
-            self.await_request(conn, self.settings.header_timeout_s)
+            conn = Connection(self._cfg, sock, client, listener.getsockname())
+            self.connections.add(conn)
+            self._await(conn, self._limits.head_s)
             self._receive(conn)
 
     def _make_room(self) -> bool:
         """Drop the connection that has been unfinished for longest, if any is."""
-        if not self._reading:
+        if not self.connections.watched:
             return False
-        conn = min(self._reading, key=lambda conn: conn.since)
+        conn = min(self.connections.watched, key=lambda conn: conn.since)
         if conn.buffered:
             self._answer(conn, refusals.crowded(), "no room")
-        self.close(conn)
+        self.connections.close(conn)
         return True
 
-    def await_request(self, conn: Connection, patience: float) -> None:
+    def _await(self, conn: Connection, patience: float) -> None:
         """Read the connection's next request, whose first byte is due in ``patience`` seconds."""
         conn.since = time.monotonic()
-        conn.deadline = conn.since + patience
-        self._watch(conn)
+        conn.expires = conn.since + patience
+        self.connections.watch(conn, self._receive)
 
     def begin_stop(self) -> None:
         """Refuse all requests that are not whole."""
         self.stopping = True
-        for conn in [conn for conn in self._reading if conn.buffered]:
+        for conn in [conn for conn in self.connections.watched if conn.buffered]:
             self.refuse(conn, Unavailable.stopping(), "stopping")
 
     def last_orders(self) -> None:
         """Leave connections that wait for a request but a moment."""
         last = time.monotonic() + _LAST_WORDS_S
-        for conn in self._reading:
-            if conn.lingering is None:
-                conn.deadline = min(conn.deadline, last)
+        for conn in self.connections.watched:
+            if not conn.lingering:
+                conn.expires = min(conn.expires, last)
 
     def expire(self) -> None:
         """Deal with those whose time is over."""
         now = time.monotonic()
-        for conn in [conn for conn in self._reading if conn.deadline <= now]:
+        for conn in [conn for conn in self.connections.watched if conn.expires <= now]:
             if not conn.buffered:
-                self.close(conn)
+                self.connections.close(conn)
             elif self.stopping:
                 self.refuse(conn, Unavailable.stopping(), "stopping")
             else:
                 self.refuse(conn, refusals.late(), "too slow")
 
-    def take(self, conn: Connection) -> None:
-        """Give the request to gunicorn's parser, for a thread. What follows it stays."""
-        incoming = conn.incoming
-        conn.whole, conn.has_body = incoming.state is State.WHOLE, incoming.has_body
-        conn.is_head = incoming.is_head
-        conn.pieces, rest = incoming.take()
-        conn.parser = RequestParser(self.cfg, conn.pieces, conn.client)
-        self._renew(conn)
+    def take(self, *, bodies: bool) -> Connection | None:
+        """Give a thread the connection that has waited longest; those without a body go first.
+
+        ``bodies``: also one with a body. None if there is no such connection.
+        """
+        queue = self._heads or (self._bodies if bodies else None)
+        if not queue:
+            return None
+        conn = queue.popleft()
+        rest = conn.take()
+        self.connections.renew(conn)
         if rest:
             conn.incoming.feed(rest)
-            self._count(conn)
+            self.connections.count(conn)
+        return conn
 
     def resume(self, conn: Connection) -> None:
         """After an answer: the next request of a connection that is kept."""
         conn.kept = True
-        self.await_request(conn, _LAST_WORDS_S if self.stopping else self.cfg.keepalive)
+        self._await(conn, _LAST_WORDS_S if self.stopping else self._limits.idle_s)
         if conn.buffered:
             self._begin(conn)
             self._advance(conn, State.HEAD)
@@ -160,90 +153,33 @@ class Reception:
     def refuse(self, conn: Connection, error: ServiceError, why: str) -> None:
         """Answer for the application, and close."""
         self._answer(conn, error, why)
-        self.linger(conn)
-
-    def answer(
-        self, conn: Connection, error: ServiceError, request: Request | None, why: str
-    ) -> None:
-        """Answer the request that a thread has, on that thread. The caller closes."""
-        hops = self.settings.trusted_hops
-        client = proxies.client(conn.client, request.headers if request else (), hops)
-        self._refused(error)  # before it is sent, so that who has the answer finds it counted
-        refusals.send(conn.sock, error, request, refusals.Notes(why, client, conn.is_head))
+        self.connections.linger(conn)
 
     def _answer(self, conn: Connection, error: ServiceError, why: str) -> None:
-        conn.is_head = conn.incoming.is_head
-        self.answer(conn, error, conn.incoming.request, why)
+        head, is_head = conn.incoming.request, conn.incoming.is_head
+        self._refuser.send(conn, error, why, head, is_head=is_head)
 
-    def linger(self, conn: Connection) -> None:
-        """Close when the client has, or soon."""
-        self._renew(conn)
+    def _receive(self, conn: Connection) -> None:
+        size = _RECEIVE_HEAD if conn.incoming.state is State.HEAD else _RECEIVE
         try:
-            conn.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.close(conn)
-            return
-        conn.lingering, conn.since = _LINGER_BYTES, 0.0
-        conn.deadline = time.monotonic() + _LINGER_S
-        self._watch(conn)
-
-    def close(self, conn: Connection) -> None:
-        """Close now."""
-        self._renew(conn)
-        self._unwatch(conn)
-        del self.connections[conn.sock]
-        conn.close()
-
-    def _watch(self, conn: Connection) -> None:
-        ready = partial(self._receive, conn)
-        if conn in self._reading:
-            self.poller.modify(conn.sock, selectors.EVENT_READ, ready)
-            return
-        conn.sock.setblocking(False)
-        self._reading.add(conn)
-        self.poller.register(conn.sock, selectors.EVENT_READ, ready)
-
-    def _unwatch(self, conn: Connection) -> None:
-        if conn in self._reading:
-            self._reading.remove(conn)
-            self.poller.unregister(conn.sock)
-
-    def _renew(self, conn: Connection) -> None:
-        conn.incoming = Incoming(self._rules, conn.client)
-        self._count(conn)
-
-    def _count(self, conn: Connection) -> None:
-        self._buffered += len(conn.incoming.buffer) - conn.buffered
-        conn.buffered = len(conn.incoming.buffer)
-
-    def _receive(self, conn: Connection, _sock: object = None) -> None:
-        if conn not in self._reading:  # closed since the poller saw it
-            return
-        in_head = conn.lingering is None and conn.incoming.state is State.HEAD
-        try:
-            count = conn.sock.recv_into(self._scratch, _RECEIVE_HEAD if in_head else _RECEIVE)
+            count = conn.sock.recv_into(self._scratch, size)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            self.close(conn)
+            self.connections.close(conn)
             return
-        if conn.lingering is not None:
-            conn.lingering -= count
-            if not count or conn.lingering < 0:
-                self.close(conn)
-        elif not count:  # it has hung up, or at least will send no more
-            if conn.buffered:
-                self.refuse(conn, malformed(), "ended too early")
-            else:
-                self.close(conn)
-        else:
+        if count:
             if not conn.buffered:
                 self._begin(conn)
             if self._make_way(conn, count):
                 before = conn.incoming.state
                 conn.incoming.feed(self._scratch[:count])
-                self._count(conn)
+                self.connections.count(conn)
                 self._advance(conn, before)
+        elif conn.buffered:  # it has hung up, or at least will send no more
+            self.refuse(conn, malformed(), "ended too early")
+        else:
+            self.connections.close(conn)
 
     def _make_way(self, conn: Connection, count: int) -> bool:
         """Have room for ``count`` bytes more of ``conn``: what is unfinished gives way to others.
@@ -253,8 +189,8 @@ class Reception:
         that is ``conn``.
         """
         now = time.monotonic()
-        while self._buffered + count > self._max_buffered:
-            heaviest = max(self._reading, key=lambda c: c.buffered * (now - c.arrived))
+        while self.connections.unread + count > self._limits.unread:
+            heaviest = max(self.connections.watched, key=lambda c: c.buffered * (now - c.arrived))
             if not heaviest.buffered:  # all that is held is whole, and waits for threads
                 heaviest = conn
             self.refuse(heaviest, refusals.crowded(), "too many bytes of unfinished uploads")
@@ -265,35 +201,32 @@ class Reception:
     def _begin(self, conn: Connection) -> None:
         """The request's first byte is here."""
         conn.arrived = conn.since = time.monotonic()
-        patience = _LAST_WORDS_S if self.stopping else self.settings.header_timeout_s
-        conn.deadline = conn.arrived + patience
+        patience = _LAST_WORDS_S if self.stopping else self._limits.head_s
+        conn.expires = conn.arrived + patience
 
     def _advance(self, conn: Connection, before: State) -> None:
         """Do what the request's state asks for."""
         state = conn.incoming.state
         if state is State.TOO_LARGE:
-            error = refusals.too_large(self._rules.max_body)
-            self.refuse(conn, error, "a chunked body is too large")
+            self.refuse(conn, too_large(self._limits.body), "a chunked body is too large")
         elif state is State.MALFORMED and (fault := conn.incoming.fault):
             self.refuse(conn, of_http(fault), type(fault).__name__)
         elif state is State.BODY and self.stopping:
             self.refuse(conn, Unavailable.stopping(), "stopping")
         elif state is State.BODY and before is State.HEAD:
-            conn.deadline = min(
-                time.monotonic() + self.settings.body_timeout_s,
-                conn.arrived + self.settings.request_timeout_s,
+            conn.expires = min(
+                time.monotonic() + self._limits.body_s,
+                conn.arrived + self._limits.request_s,
             )
             if conn.incoming.expects_continue:
                 refusals.write(conn.sock, b"HTTP/1.1 100 Continue\r\n\r\n")
         elif state in (State.WHOLE, State.REFUSED):
             if conn.kept:  # it may not have read its last answer
-                conn.deadline = time.monotonic() + _SEND_TIMEOUT_S
-                ready = partial(self._begin_answer, conn)
-                self.poller.modify(conn.sock, selectors.EVENT_WRITE, ready)
+                conn.expires = time.monotonic() + SEND_TIMEOUT_S
+                self.connections.watch(conn, self._hand_over, selectors.EVENT_WRITE)
             else:
-                self._begin_answer(conn)
+                self._hand_over(conn)
 
-    def _begin_answer(self, conn: Connection, _sock: object = None) -> None:
-        if conn in self._reading and conn.lingering is None:  # else refused since the poller saw it
-            self._unwatch(conn)
-            self.serve(conn)
+    def _hand_over(self, conn: Connection) -> None:
+        self.connections.unwatch(conn)
+        (self._bodies if conn.incoming.has_body else self._heads).append(conn)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from dataclasses import dataclass
+from collections.abc import Callable
 from http import HTTPStatus
 
 from gunicorn.http import Request
 from gunicorn.util import http_date
 
-from qwenvl_app.errors import ServiceError, TooLarge, Unavailable
+from qwenvl_app.errors import ServiceError, Unavailable
+from qwenvl_app.server.connection import Connection
+from qwenvl_app.web import proxies
 from qwenvl_app.web.errors import HttpError, render
 from qwenvl_app.web.request_id import HEADER, choose
 
@@ -28,38 +30,46 @@ def crowded() -> ServiceError:
     return Unavailable("正在上传的请求过多，请稍后重试。", retry_after=5)
 
 
-def too_large(max_body: int) -> ServiceError:
-    """A body over the limit of ``max_body`` bytes."""
-    return TooLarge(f"上传的内容超过 {max_body // 2**20} MB 的限制。")
+class Refusals:
+    """Answers instead of the application. Any thread, never blocks.
 
+    ``count`` is called with each; ``hops`` is how many proxies are trusted to name the client.
+    """
 
-@dataclass(frozen=True)
-class Notes:
-    """What is known of a refused request besides its head, which may be unreadable."""
+    def __init__(self, count: Callable[[ServiceError], None], hops: int):
+        self._count, self._hops = count, hops
 
-    why: str  # for the log
-    client: str  # address
-    is_head: bool  # HEAD is asked for: the answer has a body's length and no body
+    def send(
+        self,
+        conn: Connection,
+        error: ServiceError,
+        why: str,
+        request: Request | None,
+        *,
+        is_head: bool,
+    ) -> None:
+        """Answer with ``error`` and log ``why``; the caller closes the connection.
 
-
-def send(sock: socket.socket, error: ServiceError, request: Request | None, notes: Notes) -> None:
-    """Answer with ``error``; the caller closes the connection. Any thread, never blocks."""
-    sent = dict(request.headers).get(HEADER.upper(), "") if request else ""
-    request_id = choose(sent)
-    fields = {"client": notes.client, "status": error.status, "reason": error.reason}
-    log.info("refused: %s", notes.why, extra={"request_id": request_id, "fields": fields})
-    status, headers, body = render(error, request_id)
-    head = [
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-        "Server: gunicorn",
-        f"Date: {http_date()}",
-        "Connection: close",
-        f"Content-Length: {len(body)}",
-        f"{HEADER}: {request_id}",
-        *(f"{name}: {value}" for name, value in headers.items()),
-    ]
-    data = "\r\n".join([*head, "", ""]).encode("latin-1")
-    write(sock, data if notes.is_head else data + body)
+        ``request`` is the head, if it can be read; ``is_head``: the answer gets no body.
+        """
+        self._count(error)  # before it is sent, so that who has the answer finds it counted
+        headers = request.headers if request else []
+        request_id = choose(dict(headers).get(HEADER.upper(), ""))
+        client = proxies.client(conn.client, headers, self._hops)
+        fields = {"client": client, "status": error.status, "reason": error.reason}
+        log.info("refused: %s", why, extra={"request_id": request_id, "fields": fields})
+        status, more, body = render(error, request_id)
+        head = [
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            "Server: gunicorn",
+            f"Date: {http_date()}",
+            "Connection: close",
+            f"Content-Length: {len(body)}",
+            f"{HEADER}: {request_id}",
+            *(f"{name}: {value}" for name, value in more.items()),
+        ]
+        data = "\r\n".join([*head, "", ""]).encode("latin-1")
+        write(conn.sock, data if is_head else data + body)
 
 
 def write(sock: socket.socket, data: bytes) -> None:

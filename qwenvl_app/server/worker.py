@@ -2,20 +2,18 @@
 
 gunicorn's own gthread worker reads on the threads of its pool, so that a client that trickles holds
 one for as long as it likes. Here the main loop reads (``reception.py``) and hands over whole
-requests; gunicorn's parser gets them from memory and no thread ever reads a socket. With TLS, whose
-handshake would block the loop, this is the gthread worker as it is.
+requests; gunicorn's parser gets them from memory and no thread ever reads a socket. ``options.py``
+says why there is no TLS.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 import selectors
 import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -25,12 +23,15 @@ from gunicorn.http import Request
 from gunicorn.http.errors import InvalidHeader
 from gunicorn.workers.gthread import ThreadWorker
 
+from qwenvl_app import process
 from qwenvl_app.errors import ServiceError
 from qwenvl_app.server import listeners, options
 from qwenvl_app.server.connection import Connection
 from qwenvl_app.server.hooks import hook
+from qwenvl_app.server.limits import Limits
 from qwenvl_app.server.reception import Reception
-from qwenvl_app.settings import load_settings
+from qwenvl_app.server.refusals import Refusals
+from qwenvl_app.settings import current
 from qwenvl_app.web.errors import of_http
 
 if TYPE_CHECKING:
@@ -49,23 +50,20 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     alive: bool
     wsgi: WSGIApplication
     reception: Reception
+    refuser: Refusals
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.max_keepalived = self.worker_connections  # gthread would want more than threads
-        self._queue: deque[Connection] = deque()  # whole, with a body, waiting for a thread
         self._bodies = 0  # requests with a body that have one
         self._busy: set[Connection] = set()  # connections whose request has one
+        self._thread = threading.local()  # ``conn``: what this thread answers
         self._open = True
-        if self.cfg.is_ssl:
-            self.__class__ = ThreadWorker
 
     @classmethod
     def check_config(cls, cfg: Config, log: Any) -> None:
         """End the start of a gunicorn whose options don't work here, with one sentence."""
-        if cfg.is_ssl:
-            ThreadWorker.check_config(cfg, log)
-        elif fault := options.fault(cfg):
+        if fault := options.fault(cfg):
             log.critical("%s", fault)
             sys.exit(os.EX_CONFIG)
 
@@ -88,18 +86,22 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         application = self.wsgi
 
         def informed(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
-            conn = self.reception.connections[environ["gunicorn.socket"]]
-            environ["qwenvl.arrived"] = conn.arrived
+            environ["qwenvl.arrived"] = self._thread.conn.taken.arrived
             return application(environ, start)
 
         self.wsgi = informed
 
+    def handle(self, conn: Connection) -> bool:
+        """Answer the request of ``conn``; whether the connection can be used again."""
+        self._thread.conn = conn
+        return bool(super().handle(conn))
+
     def handle_request(self, req: Request, conn: Connection) -> bool:
-        """Answer; whether the connection can be used again."""
+        """As ``handle``, of a valid head."""
         if _lacks_host(req):
             raise InvalidHeader("HOST", req=req)
         req._expected_100_continue = False  # the loop has answered that
-        if not conn.whole:
+        if not conn.taken.whole:
             req.force_close()
         try:
             return bool(super().handle_request(req, conn)) and not req.body.failed
@@ -115,8 +117,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self, req: Request | None, client: socket.socket, addr: object, exc: BaseException
     ) -> None:
         """Answer a request that the application does not."""
-        conn = self.reception.connections[client]
-        self.reception.answer(conn, of_http(exc), req, type(exc).__name__)
+        conn: Connection = self._thread.conn
+        is_head = conn.taken.is_head
+        self.refuser.send(conn, of_http(exc), type(exc).__name__, req, is_head=is_head)
 
     def handle_quit(self, sig: int, frame: object) -> None:
         """SIGINT and SIGQUIT: end at once, whatever the threads are doing."""
@@ -124,17 +127,18 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def run(self) -> None:
         """Serve until told to stop; then answer everybody, and return."""
-        _allow_files(self.worker_connections + _OTHER_FILES)
-        self.reception = Reception(
-            self.cfg, load_settings(), self.poller, self._serve, self._count, self._admits
-        )
+        process.allow_files(self.worker_connections + _OTHER_FILES)
+        settings = current()
+        limits = Limits.of(settings, self.cfg)
+        self.refuser = Refusals(self._count, settings.trusted_hops)
+        self.reception = Reception(self.cfg, limits, self.poller, self.refuser, self._admits)
         queue = self.method_queue
         self.poller.register(queue.fileno(), selectors.EVENT_READ, queue.run_callbacks)
         while self.alive and self.is_parent_alive():
             self._turn()
         self.alive = False
         self._stop(time.monotonic() + self.cfg.graceful_timeout - _KILL_MARGIN_S)
-        for conn in list(self.reception.connections.values()):
+        for conn in self.reception.connections.all:
             conn.close()
         self.tpool.shutdown(wait=False)
         self.poller.close()
@@ -157,38 +161,28 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def _turn(self) -> None:
         self.notify()
+        self._start_waiting()
         self.set_accept_enabled(self._open and self.reception.has_room)
         self.wait_for_and_dispatch_events(_TICK_S)
         self.reception.expire()
 
-    def _serve(self, conn: Connection) -> None:
-        if conn.incoming.has_body:
-            self._queue.append(conn)
-            self._start_queued()
-        else:
-            self._start(conn)
-
-    def _start_queued(self) -> None:
-        """Give bodies to threads, first come first served, while they leave some to spare."""
-        while self._queue and self._bodies < max(1, self.cfg.threads - SPARE_THREADS):
-            self._start(self._queue.popleft())
-
-    def _start(self, conn: Connection) -> None:
-        self.reception.take(conn)
-        self._bodies += conn.has_body
-        self._busy.add(conn)
-        self.enqueue_req(conn)
+    def _start_waiting(self) -> None:
+        """Give requests to threads; bodies only while that leaves some to spare."""
+        most = max(1, self.cfg.threads - SPARE_THREADS)
+        while conn := self.reception.take(bodies=self._bodies < most):
+            self._bodies += conn.taken.has_body
+            self._busy.add(conn)
+            self.enqueue_req(conn)
 
     def finish_request(self, conn: Connection, fs: Future[bool]) -> None:
         """The thread is done: wait for the connection's next request, or close it."""
         self._busy.remove(conn)
-        conn.pieces.close()  # of a body that nobody read
-        self._bodies -= conn.has_body
-        self._start_queued()
+        conn.taken.pieces.close()  # of a body that nobody read
+        self._bodies -= conn.taken.has_body
         if fs.exception() is None and fs.result():
             self.reception.resume(conn)
         else:
-            self.reception.linger(conn)
+            self.reception.connections.linger(conn)
 
     def _take_the_last(self) -> None:
         """Accept all who are connected, or about to be, and let nobody else connect."""
@@ -207,8 +201,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         if drain := hook(self.app.callable, "drain"):
             drain()
         self.reception.begin_stop()
-        before = {*self._busy, *self._queue}
-        while before & {*self._busy, *self._queue} and time.monotonic() < end:
+        before = self._busy | self.reception.waiting
+        while before & (self._busy | self.reception.waiting) and time.monotonic() < end:
             self._turn()
         self._open = False
         self.set_accept_enabled(False)
@@ -217,18 +211,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         for listener in self.sockets:
             listener.close()
         self.reception.last_orders()
-        while self.reception.connections and time.monotonic() < end:
+        while self.reception.connections.all and time.monotonic() < end:
             self._turn()
 
 
 def _lacks_host(req: Request) -> bool:
     """RFC 9112, section 3.2: such a request of HTTP/1.1 is to be answered with 400."""
     return req.version >= (1, 1) and not any(name == "HOST" for name, _ in req.headers)
-
-
-def _allow_files(wanted: int) -> None:
-    """Raise the limit on open files, often 1,024, as far as need be and may be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qwenvl_app.errors import Unavailable
-from qwenvl_app.generation import Phase, Status
-from qwenvl_app.service.deadline import Caller
+from qwenvl_app.generation import Status
+from qwenvl_app.service.deadline import Deadline
 
 _GUESS_S = 5.0  # how long a permit is held, before any was
 _WEIGHT = 0.2  # of the latest permit in the mean
@@ -21,8 +21,8 @@ _LONGEST_RETRY_S = 60  # one that is told to wait for longer does not come back
 class _Turn:
     """A place in the queue. Whoever takes it out of the queue says whether it got a permit."""
 
-    def __init__(self, caller: Caller):
-        self.caller = caller
+    def __init__(self, deadline: Deadline):
+        self.deadline = deadline
         self.granted = False
         self.settled = threading.Event()
 
@@ -58,14 +58,14 @@ class Admission:
         return self._draining
 
     @contextmanager
-    def admit(self, caller: Caller) -> Iterator[float]:
+    def admit(self, deadline: Deadline) -> Iterator[float]:
         """Hold a permit while the block runs; yields the seconds spent waiting for it.
 
         Raises Unavailable when the waiting room is full, when no permit came within the time-out,
-        or when draining; DeadlineExceeded or ClientGone when the caller's time was up or it left
+        or when draining; DeadlineExceeded or ClientGone when the time was up or the client left
         while it waited: it has lost its place at that moment, and never takes a permit.
         """
-        waited = self._acquire(caller)
+        waited = self._acquire(deadline)
         began = time.monotonic()
         try:
             yield waited
@@ -80,13 +80,13 @@ class Admission:
         Never blocks; any number of times.
         """
         with self._lock:
-            self._draining = self._draining or Status(Phase.DRAINING, "the service is stopping")
+            self._draining = self._draining or Status.draining()
             while self._queue:
                 self._queue.popleft().settled.set()
 
-    def _acquire(self, caller: Caller) -> float:
+    def _acquire(self, deadline: Deadline) -> float:
         with self._lock:
-            caller.check()
+            deadline.check()
             if self._draining:
                 raise Unavailable.stopping()
             if self._free:
@@ -94,15 +94,15 @@ class Admission:
                 return 0.0
             if len(self._queue) >= self.max_waiting:
                 raise self._busy("queue_full")
-            turn = _Turn(caller)
+            turn = _Turn(deadline)
             self._queue.append(turn)
         began = time.monotonic()
-        with caller.on_leaving(lambda: self._give_up(turn)):
-            turn.settled.wait(min(self.timeout_s, caller.remaining))
+        with deadline.on_leaving(lambda: self._give_up(turn)):
+            turn.settled.wait(min(self.timeout_s, deadline.remaining))
         self._give_up(turn)  # unless it was settled meanwhile
         if turn.granted:
             return time.monotonic() - began
-        caller.check()
+        deadline.check()
         raise Unavailable.stopping() if self._draining else self._busy("queue_timeout")
 
     def _give_up(self, turn: _Turn) -> None:
@@ -120,7 +120,7 @@ class Admission:
         with self._lock:
             while self._queue:  # handed over directly, so that nobody can jump the queue
                 turn = self._queue.popleft()
-                turn.granted = turn.caller.wants_answer
+                turn.granted = turn.deadline.wants_answer
                 turn.settled.set()
                 if turn.granted:
                     return

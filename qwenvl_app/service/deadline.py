@@ -1,4 +1,4 @@
-"""Whoever waits for an answer: until when, and whether they still do."""
+"""Until when a client waits for its answer, and whether it still does."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from qwenvl_app.errors import ClientGone, DeadlineExceeded
 
 
-class Caller:
-    """One request's client. All methods may be called on any thread.
+class Deadline:
+    """The end of one request: its time is up or its client has gone. Any thread.
 
-    ``deadline`` is a point of ``time.monotonic()``. It is looked at between the stages of a
-    request; a stage that waits is interrupted by ``on_leaving`` and its own time-out.
+    ``at`` is a point of ``time.monotonic()``. It is looked at between the stages of a request; a
+    stage that waits is interrupted by ``on_leaving`` and its own time-out.
     """
 
-    def __init__(self, deadline: float):
-        self.deadline = deadline
+    def __init__(self, at: float):
+        self.at = at
         self._lock = threading.Lock()
         self._gone = False
         self._callback: Callable[[], None] | None = None
@@ -30,8 +30,8 @@ class Caller:
 
     @property
     def remaining(self) -> float:
-        """Seconds up to the deadline; 0 after it."""
-        return max(0.0, self.deadline - time.monotonic())
+        """Seconds that are left; 0 when the time is up."""
+        return max(0.0, self.at - time.monotonic())
 
     @property
     def wants_answer(self) -> bool:

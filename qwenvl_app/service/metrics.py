@@ -19,6 +19,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from qwenvl_app import process
 from qwenvl_app.generation import BackendStats, FinishReason, Phase, Status
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.record import RequestRecord
@@ -31,6 +32,17 @@ ANSWER_S = (0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120)
 PART_S = (0.001, 0.005, 0.01, 0.025, 0.05, *ANSWER_S)
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
 PIXELS = (1e4, 5e4, 1e5, 2.5e5, 5e5, 1e6, 2e6, 4e6, 8e6, 1.2e7, 2.4e7, 5e7)
+
+HISTOGRAMS = {
+    "time_to_first_token_seconds": ("From arrival to the first token", ANSWER_S),
+    "time_per_output_token_seconds": ("Between tokens, mean of an answer", TOKEN_S),
+    "e2e_request_latency_seconds": ("From arrival to the answer's end", ANSWER_S),
+    "request_queue_time_seconds": ("Waiting for a permit, then for a slot", PART_S),
+    "request_preprocess_seconds": ("Decoding the picture, making the inputs", PART_S),
+    "request_prefill_time_seconds": ("From the slot to the first token", PART_S),
+    "request_decode_time_seconds": ("From the first token to the last", PART_S),
+    "image_pixels": ("Pixels of a decoded picture", PIXELS),
+}
 
 # Why a request got no answer, and the status it got; all words that ``ServiceError.reason`` may be.
 UNREAD = "unread"  # the route of requests that the worker itself refuses
@@ -52,8 +64,7 @@ REASONS = {
     "internal": 500,
 }
 
-# The process would otherwise double its series with the time at which each began.
-prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+process.omit_created_series()
 
 
 class Metrics:
@@ -76,28 +87,10 @@ class Metrics:
         self._failed = self._counter("request_failed", "Failed in here", "reason")
         self._prompt = self._counter("prompt_tokens", "Tokens read, the pictures' included")
         self._generated = self._counter("generation_tokens", "Tokens written")
-        self._first = self._histogram(
-            "time_to_first_token_seconds", "From arrival to the first token", ANSWER_S
-        )
-        self._token = self._histogram(
-            "time_per_output_token_seconds", "Between tokens, mean of an answer", TOKEN_S
-        )
-        self._whole = self._histogram(
-            "e2e_request_latency_seconds", "From arrival to the answer's end", ANSWER_S
-        )
-        self._queue = self._histogram(
-            "request_queue_time_seconds", "Waiting for a permit, then for a slot", PART_S
-        )
-        self._preprocess = self._histogram(
-            "request_preprocess_seconds", "Decoding the picture, making the inputs", PART_S
-        )
-        self._prefill = self._histogram(
-            "request_prefill_time_seconds", "From the slot to the first token", PART_S
-        )
-        self._decode = self._histogram(
-            "request_decode_time_seconds", "From the first token to the last", PART_S
-        )
-        self._pixels = self._histogram("image_pixels", "Pixels of a decoded picture", PIXELS)
+        self._histograms = {
+            name: Histogram(PREFIX + name, f"{text}.", registry=self.registry, buckets=buckets)
+            for name, (text, buckets) in HISTOGRAMS.items()
+        }
         for finish in FinishReason:
             if finish is not FinishReason.CANCELLED:
                 self._success.labels(finish)
@@ -117,7 +110,7 @@ class Metrics:
         if not generates:
             return
         if record.pixels is not None:
-            self._pixels.observe(record.pixels)
+            self._observe("image_pixels", record.pixels)
         if status < 400 and record.finish_reason is not FinishReason.CANCELLED:
             self._answered(record)
         else:
@@ -135,21 +128,25 @@ class Metrics:
 
     def _answered(self, record: RequestRecord) -> None:
         self._success.labels(record.finish_reason or FinishReason.STOP).inc()
-        self._whole.observe(record.age)
+        self._observe("e2e_request_latency_seconds", record.age)
         if usage := record.usage:
             self._prompt.inc(usage.prompt_tokens)
             self._generated.inc(usage.completion_tokens)
         if (timings := record.timings) is None:
             return
-        stages = record.stages
-        self._queue.observe(stages.get("queue", 0.0) + timings.queue)
-        self._preprocess.observe(stages.get("image", 0.0) + timings.preprocess)
-        self._prefill.observe(timings.prefill)
-        self._decode.observe(timings.decode)
+        stages, decode = record.stages, timings.decode
+        self._observe("request_queue_time_seconds", stages.get("queue", 0.0) + timings.queue)
+        self._observe("request_preprocess_seconds", stages.get("image", 0.0) + timings.preprocess)
+        self._observe("request_prefill_time_seconds", timings.prefill)
+        self._observe("request_decode_time_seconds", decode)
         if record.submitted is not None:
-            self._first.observe(record.submitted - record.arrived + timings.first_token)
+            first = record.submitted - record.arrived + timings.first_token
+            self._observe("time_to_first_token_seconds", first)
         if usage and usage.completion_tokens > 1:
-            self._token.observe(timings.decode / (usage.completion_tokens - 1))
+            self._observe("time_per_output_token_seconds", decode / (usage.completion_tokens - 1))
+
+    def _observe(self, name: str, value: float) -> None:
+        self._histograms[name].observe(value)
 
     def _of_failure(self, status: int, *, begun: bool = False) -> Counter:
         if status < 400 or status in (499, 504):
@@ -159,9 +156,6 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(PREFIX + name, f"{text}.", labels, registry=self.registry)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(PREFIX + name, f"{text}.", registry=self.registry, buckets=buckets)
 
 
 class _State(Collector):
@@ -189,9 +183,11 @@ class _State(Collector):
         yield _gauge("kv_cache_budget_tokens", "For which there is room", stats.kv_budget_tokens)
         yield _gauge("kv_cache_bytes", "That the KV cache holds", stats.kv_bytes)
         yield _gauge("kv_cache_budget_bytes", "That it may hold", stats.kv_budget_bytes)
-        yield _counter("prefix_cache_queries", "Pictures looked up", stats.prefix_queries)
-        yield _counter("prefix_cache_hits", "Pictures that were known", stats.prefix_hits)
-        yield _gauge("prefix_cache_bytes", "That known pictures hold", stats.prefix_bytes)
+        yield _counter(
+            "prefix_cache_queries", "Prompts whose beginning was looked up", stats.prefix_queries
+        )
+        yield _counter("prefix_cache_hits", "Prompts whose beginning was known", stats.prefix_hits)
+        yield _gauge("prefix_cache_bytes", "That earlier prompts hold", stats.prefix_bytes)
         yield _gauge("prefix_cache_budget_bytes", "That they may hold", stats.prefix_budget_bytes)
         gpu = GaugeMetricFamily(
             PREFIX + "gpu_memory_bytes", "Of each GPU that holds the model.", labels=["gpu", "kind"]

@@ -15,14 +15,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qwenvl_app.service.deadline import Caller
+from qwenvl_app.service.deadline import Deadline
 
 log = logging.getLogger(__name__)
 
 _SUPPORTED = hasattr(select, "epoll")
 
 
-class Departures:
+class Disconnects:
     """Watches sockets. All methods may be called on any thread.
 
     The thread and its descriptors are made for the first request that is watched.
@@ -30,7 +30,7 @@ class Departures:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._callers: dict[int, Caller] = {}
+        self._deadlines: dict[int, Deadline] = {}
         self._epoll: select.epoll | None = None
         self._bell: socket.socket | None = None  # closed to end the thread
         self._thread: threading.Thread | None = None
@@ -39,18 +39,18 @@ class Departures:
     @property
     def watched(self) -> int:
         """Sockets that are being watched; 0 when idle."""
-        return len(self._callers)
+        return len(self._deadlines)
 
     @contextmanager
-    def watch(self, connection: socket.socket | None, caller: Caller) -> Iterator[None]:
-        """While the block runs, ``caller.leave()`` is called when its client goes.
+    def watch(self, connection: socket.socket | None, deadline: Deadline) -> Iterator[None]:
+        """While the block runs, ``deadline.leave()`` is called when its client goes.
 
         Before the block, if it has gone already. The socket must stay open during the block: its
         number may be another connection's afterwards. None, of a server that tells no socket, is
         not watched.
         """
         number = connection.fileno() if connection and _SUPPORTED else -1
-        watched = number >= 0 and self._register(number, caller)
+        watched = number >= 0 and self._register(number, deadline)
         try:
             yield
         finally:
@@ -66,22 +66,22 @@ class Departures:
             self._bell.close()
             thread.join()
 
-    def _register(self, number: int, caller: Caller) -> bool:
+    def _register(self, number: int, deadline: Deadline) -> bool:
         if _has_left(number):
-            caller.leave()
+            deadline.leave()
             return False
         with self._lock:
             if self._closed:
                 return False
             epoll = self._epoll or self._start()
             epoll.register(number, select.EPOLLRDHUP)  # of HUP and ERR the kernel tells anyway
-            self._callers[number] = caller
+            self._deadlines[number] = deadline
         return True
 
     def _unregister(self, number: int) -> None:
         with self._lock:
-            # It is out already if the departure was noticed, and the epoll is None after close.
-            if self._callers.pop(number, None) and self._epoll:
+            # It is out already if the disconnect was noticed, and the epoll is None after close.
+            if self._deadlines.pop(number, None) and self._epoll:
                 self._epoll.unregister(number)
 
     def _start(self) -> select.epoll:
@@ -89,7 +89,7 @@ class Departures:
         bell, listener = socket.socketpair()
         epoll.register(listener.fileno(), select.EPOLLRDHUP)
         thread = threading.Thread(
-            target=self._run, args=(epoll, listener), name="departures", daemon=True
+            target=self._run, args=(epoll, listener), name="disconnects", daemon=True
         )
         thread.start()
         self._epoll, self._bell, self._thread = epoll, bell, thread
@@ -99,22 +99,22 @@ class Departures:
         bell = listener.fileno()
         while bell not in (numbers := [number for number, _ in epoll.poll()]):
             for number in numbers:
-                self._departed(epoll, number)
+                self._disconnected(epoll, number)
         with self._lock:
             self._epoll = None
             epoll.close()
             listener.close()
 
-    def _departed(self, epoll: select.epoll, number: int) -> None:
+    def _disconnected(self, epoll: select.epoll, number: int) -> None:
         with self._lock:
             # What was told may be of a connection that has ended since and whose number another
             # one has now: ask again, while nobody can unregister it.
-            if number not in self._callers or not _has_left(number):
+            if number not in self._deadlines or not _has_left(number):
                 return
             epoll.unregister(number)
-            caller = self._callers.pop(number)
+            deadline = self._deadlines.pop(number)
         try:
-            caller.leave()
+            deadline.leave()
         except Exception:  # or nobody else would be seen to leave
             log.exception("what was to happen when a client left failed")
 

@@ -19,7 +19,7 @@ from qwenvl_app.errors import (
     Unavailable,
     is_out_of_memory,
 )
-from qwenvl_app.web import accounts
+from qwenvl_app.web import request_log
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,11 @@ def render(error: ServiceError, request_id: str) -> tuple[int, dict[str, str], b
     return error.status, headers, body
 
 
+def too_large(max_body: int) -> ServiceError:
+    """A body over the limit of ``max_body`` bytes."""
+    return TooLarge(f"上传的内容超过 {max_body // 2**20} MB 的限制。")
+
+
 def malformed() -> ServiceError:
     """What is no HTTP, or not all of it."""
     return BadRequest("请求不符合 HTTP 协议，无法解析。")
@@ -73,6 +78,11 @@ def of_http(error: BaseException) -> ServiceError:
     if isinstance(error, http.ParseException | http.NoMoreData) and not isinstance(error, ours):
         return malformed()
     log.error("unexpected error", exc_info=error)
+    return _ours()
+
+
+def _ours() -> ServiceError:
+    """Our own fault."""
     return InternalError("处理请求时发生意外错误，请稍后重试。")
 
 
@@ -86,7 +96,7 @@ def register(app: Flask) -> None:
 
 
 def _service_error(error: ServiceError) -> Response:
-    accounts.current().reason = error.reason
+    request_log.current().reason = error.reason
     status, headers, body = render(error, g.request_id)
     return Response(body, status, headers)
 
@@ -94,9 +104,8 @@ def _service_error(error: ServiceError) -> Response:
 def _http_error(error: HTTPException) -> Response:
     """Routing and framing errors: the status's own name, as Starlette has it."""
     if isinstance(error, RequestEntityTooLarge):
-        limit = current_app.config["MAX_CONTENT_LENGTH"] // 2**20
-        return _service_error(TooLarge(f"上传的内容超过 {limit} MB 的限制。"))
-    accounts.current().reason = error.name.lower().replace(" ", "_")
+        return _service_error(too_large(current_app.config["MAX_CONTENT_LENGTH"]))
+    request_log.current().reason = error.name.lower().replace(" ", "_")
     body = json.dumps({"detail": error.name}, separators=(",", ":"))
     response = Response(body, error.code or 500, mimetype="application/json")
     for name, value in error.get_headers():
@@ -114,4 +123,4 @@ def _unexpected(error: Exception) -> Response:
     log.error("unexpected error (request %s)", g.request_id, exc_info=error)
     if is_out_of_memory(error):
         return _service_error(Unavailable.exhausted())
-    return _service_error(InternalError("处理请求时发生意外错误，请稍后重试。"))
+    return _service_error(_ours())

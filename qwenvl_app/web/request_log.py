@@ -1,21 +1,63 @@
-"""One line for every request. No prompt, no answer, no file name, no query string."""
+"""Every request's record: opened when it comes, counted and logged once when it is answered.
+
+One line for every request. No prompt, no answer, no file name, no query string.
+"""
 
 from __future__ import annotations
 
 import logging
+from typing import cast
 
-from flask import Request, Response
+from flask import Flask, Request, Response, g, request
 
+from qwenvl_app.service.metrics import Metrics
 from qwenvl_app.service.record import RequestRecord
 
 log = logging.getLogger("qwenvl_app.access")
 
 Fields = dict[str, str | int | float | None]
 _LONGEST_PATH = 200
+# Blueprints whose views ask the backend; the others' requests have no outcome but a status.
+GENERATING = frozenset({"recognize"})
+UNMATCHED = "unmatched"
 
 
-def describe(request: Request, response: Response, route: str) -> Fields:
-    """What is known of a request and its answer without its account; sizes in bytes."""
+def register(app: Flask, metrics: Metrics) -> None:
+    """Install the hooks: before all others, since any of those may answer a request."""
+
+    @app.before_request
+    def begin() -> None:
+        arrived = request.environ.get("qwenvl.arrived")  # the worker's, from the first byte on
+        g.record = RequestRecord() if arrived is None else RequestRecord(arrived)
+
+    @app.after_request
+    def end(response: Response) -> Response:
+        record, rule = current(), request.url_rule
+        route = rule.rule if rule else UNMATCHED
+        generates = request.blueprint in GENERATING
+        request_id: str = g.request_id
+        about = _describe(request, response, route)
+
+        def finish() -> None:
+            metrics.count(record, route, response.status_code, generates=generates)
+            _write(request_id, about, record)
+
+        # Before an answer in one piece is sent, so that who has it finds it counted; of one that
+        # is streamed nothing is known before its end.
+        if response.is_streamed:
+            response.call_on_close(finish)
+        else:
+            finish()
+        return response
+
+
+def current() -> RequestRecord:
+    """The record of the request that is being answered."""
+    return cast(RequestRecord, g.record)
+
+
+def _describe(request: Request, response: Response, route: str) -> Fields:
+    """What is known of a request and its answer without its record; sizes in bytes."""
     return {
         "method": request.method,
         "route": route,
@@ -29,7 +71,7 @@ def describe(request: Request, response: Response, route: str) -> Fields:
     }
 
 
-def write(request_id: str, about: Fields, record: RequestRecord) -> None:
+def _write(request_id: str, about: Fields, record: RequestRecord) -> None:
     """Log the line; what is not known is left out. Control characters: see ``logs``."""
     fields: Fields = about | {"total_s": record.age}
     fields |= {f"{name}_s": seconds for name, seconds in record.stages.items()}

@@ -15,7 +15,7 @@ from qwenvl_app import create_app
 from qwenvl_app.engine.executor import Executor
 from qwenvl_app.service import admission as admissions
 from qwenvl_app.service.admission import Admission
-from qwenvl_app.service.deadline import Caller
+from qwenvl_app.service.deadline import Deadline
 
 STEP_S = 0.02  # the embedded model would be done before anyone can leave
 
@@ -35,9 +35,9 @@ def _slow(self, plan, rows):  # once a step, for all rows
 class NumberedTurn(admissions._Turn):
     """Made, and granted, under the lock of the queue: so the numbers are the queue's order."""
 
-    def __init__(self, caller: Caller):
+    def __init__(self, deadline: Deadline):
         self.number = next(_numbers)
-        super().__init__(caller)
+        super().__init__(deadline)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "granted" and value:
@@ -46,8 +46,8 @@ class NumberedTurn(admissions._Turn):
 
 
 @contextmanager
-def _recorded(self: Admission, caller: Caller) -> Iterator[float]:
-    with _admit(self, caller) as waited:
+def _recorded(self: Admission, deadline: Deadline) -> Iterator[float]:
+    with _admit(self, deadline) as waited:
         _waits.append(waited)
         yield waited
 
@@ -67,7 +67,7 @@ def debug() -> Response:
         idle={
             "taken": admission.permits - admission.free,
             "waiting": admission.waiting,
-            "watched": parts["departures"].watched,
+            "watched": parts["disconnects"].watched,
             "running": engine.running,
             "queued": engine.waiting,
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -24,6 +25,10 @@ from tests.waiting import until
 from tests.wire import END, GOOD, MULTIPART, PROMPT, ROUTE, encode, part, picture, post, send
 
 SAMPLES = ROOT / "demo" / "samples"
+TLS = (
+    "terminate TLS in nginx (deploy/nginx.conf): a handshake here would hold up the one loop that "
+    "reads every request"
+)
 
 
 @pytest.mark.parametrize("case", RECORDED + FROM_SOURCE, ids=lambda case: case.name)
@@ -221,6 +226,8 @@ def test_a_wrong_setting_stops_the_start_with_one_line(tmp_path: Path):
             "let the proxy in front send X-Forwarded-For, and set trusted_hops",
         ),
         (("--protocol", "uwsgi"), "let the proxy in front speak HTTP/1.1 to this service"),
+        (("--certfile", "README.md", "--keyfile", "README.md"), TLS),
+        (("--keyfile", "README.md"), TLS),
     ],
 )
 def test_options_that_break_the_framing_stop_the_start(tmp_path: Path, options, sentence: str):
@@ -252,9 +259,24 @@ def test_the_configuration_serves_other_applications(tmp_path: Path, name: str, 
     assert " ERROR " not in server.log.read_text()
 
 
-def test_a_killed_worker_comes_back(tmp_path: Path):
-    import signal
+def test_settings_are_read_at_the_start_and_at_a_reload(tmp_path: Path):
+    """By the master alone: what a later worker would read might not fit the master's threads."""
+    file = tmp_path / "settings.toml"
+    file.write_text("max_prompt_chars = 1\n")
+    with Server(tmp_path / "log", FAKE, QWENVL_CONFIG=str(file)) as server:
+        server.wait()
+        assert post(server.port, GOOD).status == 413
+        file.write_text("max_prompt_chars = 1000\n")
+        first = server.worker
+        os.kill(first, signal.SIGKILL)
+        until(lambda: server.workers not in ([], [first]), 30)
+        server.wait()
+        assert post(server.port, GOOD).status == 413
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: post(server.port, GOOD).status == 200, 30)
 
+
+def test_a_killed_worker_comes_back(tmp_path: Path):
     with Server(tmp_path / "log") as server:
         server.wait()
         first = server.worker

@@ -6,6 +6,8 @@ import re
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.server import Server
 from tests.hub import NAME, SHARDS, Hub, publish
 from tests.waiting import until
@@ -27,6 +29,7 @@ def message(server: Server) -> str:
     return str(server.wait("loading")["message"])
 
 
+@pytest.mark.slow
 def test_from_an_id_to_an_answer(tmp_path: Path):
     """Stopped in the middle, started again, and at last without the hub."""
     hub = Hub(rate=1e6, models={(NAME, "master"): publish(tmp_path / "published")})

@@ -90,6 +90,7 @@ def check(tmp_path: Path, model: str, megapixels: float, dtype: str = "auto") ->
         assert abs(wrong) < TOLERANCE, f"{when}: {predicted} MiB predicted, {measured} measured"
 
 
+@pytest.mark.slow
 def test_the_embedded_model(tmp_path: Path):
     """Its pictures take all there is: 25 megapixels in each slot, 16 bytes each for a moment."""
     check(tmp_path, "demo", 25)

@@ -9,6 +9,7 @@ from tests.e2e.server import Server
 from tests.wire import END, GOOD, PROMPT, part, post
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_tenth_file_of_pillows_own_tests(pytestconfig, server: Server):
     worker = server.worker

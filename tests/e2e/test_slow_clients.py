@@ -12,6 +12,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.server import FAKE, Server
 from tests.framing import CHUNKED, form, get, length
 from tests.waiting import until
@@ -69,6 +71,7 @@ def settle(server: Server, handles: int, threads: int) -> None:
     until(settled, said=lambda: (server.taken(), handles, threads))
 
 
+@pytest.mark.slow
 def test_192_slow_connections(tmp_path: Path):
     """gthread had a thread waiting for each of them, and four were enough to stop the service."""
     with Server(tmp_path / "log", FAKE, QWENVL_HEADER_TIMEOUT_S="5") as server:

@@ -1,0 +1,88 @@
+"""Switches that hold for the whole process, each with why it is thrown.
+
+Logging has its own such place, ``logs.config``. Libraries are imported where they are switched, so
+that nothing here makes an import of torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import warnings
+from functools import cache, partial
+from typing import Any
+
+
+@cache
+def _cores() -> int:
+    """As torch found them: affinity and OMP_NUM_THREADS counted in."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def threads(count: int) -> int:
+    """What ``use_threads`` makes of ``count``."""
+    return count or max(1, _cores() - 1)
+
+
+def use_threads(count: int) -> None:
+    """Threads of one product, 0 for all cores but one. For threads that have not used torch yet.
+
+    One core stays free for the threads that read requests and decode pictures.
+    """
+    import torch
+
+    torch.set_num_threads(threads(count))
+
+
+def freeze_compiled_weights(freeze: bool) -> None:
+    """Whether torch.compile takes weights as constants, as it must take packed ones.
+
+    Packed weights (``engine/cpu.py``) are opaque. Others it would pack itself, and keep both.
+    """
+    import torch
+
+    torch._inductor.config.freezing = freeze
+
+
+def quiet_pillow() -> None:
+    """Pillow says nothing of odd or broken pictures: what a client sends is not the service's.
+
+    Its warnings hold a file's own words, and Python keeps each text that it has shown: a line in
+    the log for each file, and memory that is never given back. It logs errors too.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def quiet_modelscope(longest_s: int) -> None:
+    """ModelScope's client logs where all others do, draws no bars, and allows a file ``longest_s``.
+
+    Its own limit is an hour, too little for 5 GB on a slow line. A download that stands still ends
+    sooner. It reads both from its module.
+    """
+    from modelscope_hub import _download
+
+    library = logging.getLogger("modelscope_hub")
+    library.handlers.clear()
+    library.propagate = True
+    internals: Any = _download
+    if not isinstance(internals.tqdm, partial):
+        internals.tqdm = partial(internals.tqdm, disable=True)
+    internals.DOWNLOAD_TOTAL_TIMEOUT = max(internals.DOWNLOAD_TOTAL_TIMEOUT, longest_s)
+
+
+def omit_created_series() -> None:
+    """Prometheus' client would double its series with the time at which each began."""
+    import prometheus_client
+
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+def allow_files(wanted: int) -> None:
+    """Raise the limit on open files, often 1,024, as far as need be and may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
