@@ -1,24 +1,24 @@
-"""The chat template and token ids of one picture and one prompt.
+"""The chat template and token ids of a conversation.
 
 The small remaining job of ``Qwen3VLProcessor``, which insists on torchvision: see
 transformers/models/qwen3_vl/processing_qwen3_vl.py. The checkpoint's template is rendered for every
-request with the user's own text, so that whatever it does to a text is done. Nothing a user writes
-can become a control token (CVE-2026-44222 in vLLM).
+request over the whole conversation, so that whatever it does to a text is done. Nothing a user
+writes can become a control token (CVE-2026-44222 in vLLM): no text, tool or option.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
-from collections.abc import Sequence as Many
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from tokenizers import Tokenizer
 
-from qwenvl_app.generation import Message
+from qwenvl_app.generation import Message, ToolCall
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 IMAGE_PAD = "<|image_pad|>"
 _PROBE = "\x00text\x00"  # a text that no template has of its own
+_PICTURE = {"type": "image"}
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,15 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and where in them the features of each picture go, in order."""
+    """Token ids, and where each picture's features go, in the order of the pictures.
+
+    ``reasoning`` is the builder's, but for this prompt: options such as ``enable_thinking`` and
+    earlier turns decide whether it opens the reasoning.
+    """
 
     input_ids: list[int]
     images: tuple[range, ...]
+    reasoning: Reasoning | None
 
 
 class ChatEncoder:
@@ -115,60 +121,99 @@ class PromptBuilder:
         self._encoder = ChatEncoder(tokenizer)
         vocabulary = tokenizer.get_vocab()
         self._image = vocabulary[IMAGE_PAD]
-        probe = [Message("user", (Image.new("RGB", (1, 1)), _PROBE))]
-        pieces = [self._encoder.encode(piece) for piece in self._render(probe).split(_PROBE)]
+        content = [_PICTURE, {"type": "text", "text": _PROBE}]
+        rendered = self._render([{"role": "user", "content": content}])
+        pieces = [self._encoder.encode(piece) for piece in rendered.split(_PROBE)]
         if [piece.count(self._image) for piece in pieces] != [1, 0]:
             raise ValueError("the chat template does not place one image and the user's text")
         begin, end = (vocabulary.get(mark) for mark in ("<think>", "</think>"))
-        self.reasoning: Reasoning | None = None
-        if begin is not None and end is not None:
-            marks = [token for token in chain(*pieces) if token in (begin, end)]
-            self.reasoning = Reasoning(begin, end, begun=marks[-1:] == [begin])
+        self._marks = None if begin is None or end is None else (begin, end)
+        self.reasoning = self._reasoning(chain(*pieces))
 
     def build(
         self,
-        messages: Many[Message],
-        grids: Many[tuple[int, int, int]],
-        tools: Many[Mapping[str, Any]] = (),
-        options: Mapping[str, Any] | None = None,
+        messages: Sequence[Message],
+        grids: Sequence[tuple[int, int, int]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> Prompt:
-        """Token ids of a conversation whose pictures have ``grids`` (time, rows, columns)."""
-        rendered = self._encoder.encode(self._render(messages, tools, options))
+        """Token ids of ``messages``, and of the assistant's next turn the beginning.
+
+        ``grids``: (time, rows, columns) in patches, for each picture of ``messages`` in their
+        order. ``tools`` and ``options`` are the template's: functions, ``enable_thinking``.
+        """
+        rendered = self._render(
+            [self._turn(message) for message in messages],
+            tools=self._guarded(tools) or None,
+            **{name: self._guarded(value) for name, value in options.items()},
+        )
         ids: list[int] = []
         images: list[range] = []
-        sizes = iter(grids)
-        for token in rendered:
-            if token != self._image:
+        rest = iter(grids)
+        for token in (encoded := self._encoder.encode(rendered)):
+            if token == self._image:
+                time, rows, columns = next(rest)
+                features = time * rows * columns // self._merged
+                images.append(range(len(ids), len(ids) + features))
+                ids += [token] * features
+            else:
                 ids.append(token)
-                continue
-            time, rows, columns = next(sizes)
-            images.append(range(len(ids), len(ids) + time * rows * columns // self._merged))
-            ids += [token] * len(images[-1])
-        return Prompt(ids, tuple(images))
+        return Prompt(ids, tuple(images), self._reasoning(encoded))
 
-    def _render(
-        self,
-        messages: Many[Message],
-        tools: Many[Mapping[str, Any]] = (),
-        options: Mapping[str, Any] | None = None,
-    ) -> str:
+    def _reasoning(self, ids: Iterable[int]) -> Reasoning | None:
+        """That of a prompt of ``ids``: the last mark in it says whether reasoning is open."""
+        if self._marks is None:
+            return None
+        marks = [token for token in ids if token in self._marks]
+        return Reasoning(*self._marks, begun=marks[-1:] == [self._marks[0]])
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        """A message as the templates take it: of texts alone, its content is one text."""
+        guard = self._encoder.guard
+        parts = [
+            {"type": "text", "text": guard(part)} if isinstance(part, str) else _PICTURE
+            for part in message.content
+        ]
+        texts = [part for part in message.content if isinstance(part, str)]
+        content = parts if len(texts) < len(parts) else "".join(map(guard, texts))
+        turn: dict[str, Any] = {"role": message.role, "content": content}
+        if message.reasoning:
+            turn["reasoning_content"] = guard(message.reasoning)
+        if message.tool_calls:
+            turn["tool_calls"] = [self._guarded(_as_dict(call)) for call in message.tool_calls]
+        return turn
+
+    def _guarded(self, value: Any) -> Any:
+        """A JSON ``value``, every text of which is guarded, names too."""
+        if isinstance(value, str):
+            return self._encoder.guard(value)
+        if isinstance(value, Mapping):
+            return {self._guarded(key): self._guarded(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._guarded(item) for item in value]
+        return value
+
+    def _render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         """What the template makes of ``messages``, whose texts are guarded."""
         return str(
             self._tokenizer.apply_chat_template(
-                [self._message(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
+                messages,
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=True,
-                **(options or {}),
+                **variables,
             )
         )
 
-    def _message(self, message: Message) -> dict[str, Any]:
-        content = [
-            {"type": "text", "text": self._encoder.guard(part)}
-            if isinstance(part, str)
-            else {"type": "image"}
-            for part in message.content
-        ]
-        return {"role": message.role, "content": content}
+
+def _as_dict(call: ToolCall) -> dict[str, Any]:
+    """As the templates take it: with arguments as an object, where their JSON is one."""
+    arguments: Any = call.arguments
+    try:
+        parsed = json.loads(call.arguments or "{}")
+    except (ValueError, RecursionError):  # the template's business, as all that is no object
+        parsed = None
+    if isinstance(parsed, dict):
+        arguments = parsed
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}

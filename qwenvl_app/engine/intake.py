@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from qwenvl_app.engine.detokenizer import Detokenizer, reasoning_after
+from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.inputs import Inputs, prepare
 from qwenvl_app.engine.logprobs import TokenTexts
 from qwenvl_app.engine.model import LoadedModel
@@ -50,8 +50,7 @@ class Intake:
         most = self._most
         limit = min(sampling.max_new_tokens or most, most, free)
         sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)
-        reasoning = reasoning_after(loaded.prompts.reasoning, inputs.ids)
-        detokenizer = Detokenizer(loaded.tokenizer, reasoning)
+        detokenizer = Detokenizer(loaded.tokenizer, inputs.reasoning)
         renderer = Renderer(detokenizer, sampling.stop, self._texts, self.ends)
         return Sequence(request, inputs, sampler, limit, renderer, arrived, prefix)
 
