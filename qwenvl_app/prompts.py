@@ -9,24 +9,35 @@ writes can become a control token (CVE-2026-44222 in vLLM): no text, tool or opt
 from __future__ import annotations
 
 import json
-import re
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
-
+from qwenvl_app.chat_encoder import ChatEncoder
+from qwenvl_app.errors import BadRequest
 from qwenvl_app.generation import Message, ToolCall
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_PAD = "<|image_pad|>"
 _PROBE = "\x00text\x00"  # a text that no template has of its own
 _PICTURE = {"type": "image"}
+
+# A template's work grows with both: jinja's sandbox bounds ``range`` and nothing else.
+_MAX_MESSAGES = 2048
+_MAX_OPTIONS = 4096  # characters, as JSON: a template may write them in every turn
+
+_REFUSED = "模型的对话模板不接受这样的对话：请检查消息的角色与顺序、工具和模板选项。"
+_MISPLACED = "模型的对话模板不支持在这些位置放置图片。"
+_TOO_MANY = f"消息过多：最多 {_MAX_MESSAGES} 条。"
+_BAD_OPTIONS = "模板选项的名称不可用，或内容过长。"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,62 +65,6 @@ class Prompt:
     reasoning: Reasoning | None
 
 
-class ChatEncoder:
-    """A rendered template to token ids, as the tokenizer's own; may be called on any thread.
-
-    Added tokens are found here and not by the tokenizer, which would find a user's too: it can
-    leave out special ones alone (``split_special_tokens``), and keeps that as state on an object
-    that all threads share (vllm #40949). What lies between is encoded by its model without any.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        backend: Tokenizer = tokenizer.backend_tokenizer
-        self._plain = Tokenizer(backend.model)  # the same object: its tables are there once
-        if backend.normalizer is not None:
-            self._plain.normalizer = backend.normalizer
-        if backend.pre_tokenizer is not None:
-            self._plain.pre_tokenizer = backend.pre_tokenizer
-        added = backend.get_added_tokens_decoder()
-        self._ids = {token.content: number for number, token in added.items()}
-        # The longest of those that begin at one place, as the tokenizer takes it.
-        longest_first = map(re.escape, sorted(self._ids, key=len, reverse=True))
-        self._token = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
-        # Lone surrogates, which no text has that came as UTF-8: nobody can write them.
-        guarded = sorted({_first(token.content) for token in added.values() if _is_control(token)})
-        self._guards = {ord(own): chr(0xD800 + place) for place, own in enumerate(guarded)}
-        self._restored = {ord(guard): own for own, guard in self._guards.items()}
-
-    def guard(self, text: str) -> str:
-        """A user's ``text``, to be rendered: it has no control token, nor any part that begins one.
-
-        Where such tokens begin it has a stand-in, of which ``encode`` makes the text again. So two
-        texts that a template joins make no token either, and a template that looks for one finds
-        none. White space stays, which templates trim.
-        """
-        return text.translate(self._guards)
-
-    def encode(self, rendered: str) -> list[int]:
-        """Token ids. A control token is only what the template wrote."""
-        ids: list[int] = []
-        for place, piece in enumerate(self._token.split(rendered)):
-            if place % 2:
-                ids.append(self._ids[piece])
-            elif piece:
-                text = piece.translate(self._restored)
-                ids += self._plain.encode(text, add_special_tokens=False).ids
-        return ids
-
-
-def _is_control(token: AddedToken) -> bool:
-    """Whether it means more than it says. Words that fine-tuning added to a vocabulary do not."""
-    return token.special or not all(each.isalnum() or each.isspace() for each in token.content)
-
-
-def _first(token: str) -> str:
-    """What a guard stands for: white space goes unguarded, since templates trim it."""
-    return token.strip()[:1] or token[0]
-
-
 class PromptBuilder:
     """Builds prompts; may be called on any thread. ``reasoning`` is None if the tokenizer has none.
 
@@ -119,6 +74,9 @@ class PromptBuilder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, merge_size: int):
         self._tokenizer, self._template, self._merged = tokenizer, template, merge_size**2
         self._encoder = ChatEncoder(tokenizer)
+        # Names that mean something on the way to the template, or are its end-of-turn token.
+        taken = signature(tokenizer.apply_chat_template).parameters
+        self._taken = {"self", "conversations", "messages", *taken, *tokenizer.special_tokens_map}
         vocabulary = tokenizer.get_vocab()
         self._image = vocabulary[IMAGE_PAD]
         content = [_PICTURE, {"type": "text", "text": _PROBE}]
@@ -129,6 +87,7 @@ class PromptBuilder:
         begin, end = (vocabulary.get(mark) for mark in ("<think>", "</think>"))
         self._marks = None if begin is None or end is None else (begin, end)
         self.reasoning = self._reasoning(chain(*pieces))
+        self._in_order = self._keeps_order()
 
     def build(
         self,
@@ -140,17 +99,17 @@ class PromptBuilder:
         """Token ids of ``messages``, and of the assistant's next turn the beginning.
 
         ``grids``: (time, rows, columns) in patches, for each picture of ``messages`` in their
-        order. ``tools`` and ``options`` are the template's: functions, ``enable_thinking``.
+        order. ``tools`` and ``options`` are the template's: functions, ``enable_thinking``. Raises
+        BadRequest if the template takes no such conversation, or not all of its pictures.
         """
-        rendered = self._render(
-            [self._turn(message) for message in messages],
-            tools=self._guarded(tools) or None,
-            **{name: self._guarded(value) for name, value in options.items()},
-        )
+        rendered = self._rendered(messages, tools, options)
         ids: list[int] = []
         images: list[range] = []
+        encoded = self._encoder.encode(rendered)
+        if encoded.count(self._image) != len(grids) or (len(grids) > 1 and not self._in_order):
+            raise BadRequest(_MISPLACED)
         rest = iter(grids)
-        for token in (encoded := self._encoder.encode(rendered)):
+        for token in encoded:
             if token == self._image:
                 time, rows, columns = next(rest)
                 features = time * rows * columns // self._merged
@@ -159,6 +118,48 @@ class PromptBuilder:
             else:
                 ids.append(token)
         return Prompt(ids, tuple(images), self._reasoning(encoded))
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+    ) -> str:
+        """All of it guarded and rendered. Raises BadRequest, with none of the template's words."""
+        if len(messages) > _MAX_MESSAGES:
+            raise BadRequest(_TOO_MANY)
+        if not self._taken.isdisjoint(options):
+            raise BadRequest(_BAD_OPTIONS)
+        try:
+            if options and len(json.dumps(dict(options))) > _MAX_OPTIONS:
+                raise BadRequest(_BAD_OPTIONS)
+            return self._render(
+                [self._turn(message) for message in messages],
+                tools=self._guarded(tools) or None,
+                **{name: self._guarded(value) for name, value in options.items()},
+            )
+        except (BadRequest, MemoryError):
+            raise
+        except Exception as error:  # any: a template is a program, and this its input
+            log.info("the chat template refused a conversation: %s", type(error).__name__)
+            raise BadRequest(_REFUSED) from None
+
+    def _keeps_order(self) -> bool:
+        """Whether the pictures of several turns are placed in their turns."""
+        first, second = ([_PICTURE, {"type": "text", "text": f"{_PROBE}{n}"}] for n in "13")
+        try:
+            rendered = self._render(
+                [
+                    {"role": "user", "content": first},
+                    {"role": "assistant", "content": f"{_PROBE}2"},
+                    {"role": "user", "content": second},
+                ]
+            )
+        except Exception:  # any, as above: of a template that takes one turn alone
+            return False
+        pieces = rendered.split(_PROBE)
+        pads = [self._encoder.encode(piece).count(self._image) for piece in pieces]
+        return [piece[:1] for piece in pieces[1:]] == ["1", "2", "3"] and pads == [1, 0, 1, 0]
 
     def _reasoning(self, ids: Iterable[int]) -> Reasoning | None:
         """That of a prompt of ``ids``: the last mark in it says whether reasoning is open."""

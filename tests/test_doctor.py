@@ -13,15 +13,16 @@ from qwenvl_app.cli import doctor
 from qwenvl_app.cli.doctor import Finding, Level
 from qwenvl_app.loading import plan
 from qwenvl_app.loading.checkpoint import DEMO, find
-from qwenvl_app.loading.footprint import measure
+from qwenvl_app.loading.footprint import estimate
 from qwenvl_app.settings import load_settings
 
-NEED = measure(find("demo"), "auto", 50e6)
+NEED = estimate(find("demo"), "auto", 50e6)
 
 
 def made(free: float, **settings: object) -> plan.Plan:
     """Of the embedded model, for a GPU with so many MiB free."""
-    return plan.make(NEED, load_settings({}, **settings), [int(free * plan.MIB)], cpu=False)
+    memory = plan.Memory([int(free * plan.MIB)], cpu=False)
+    return plan.make(NEED, load_settings({}, **settings), memory)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from qwenvl_app.generation import Phase
 from qwenvl_app.loading import checkpoint as checkpoints
 from qwenvl_app.loading import load as loading
 from qwenvl_app.loading.checkpoint import DEMO
-from qwenvl_app.loading.footprint import measure
+from qwenvl_app.loading.footprint import estimate
 from qwenvl_app.loading.load import load
 from qwenvl_app.prompts import PromptBuilder
 from qwenvl_app.settings import load_settings
@@ -636,7 +636,7 @@ def test_an_image_processor_among_all_processors(checkpoint: Path):
     loaded = load(str(checkpoint))
     assert loaded.patcher.side == settings["patch_size"]
     assert (
-        measure(checkpoints.find(str(checkpoint)), "auto", 1e9).pixels
+        estimate(checkpoints.find(str(checkpoint)), "auto", 1e9).pixels
         == settings["size"]["longest_edge"]
     )
     (checkpoint / "processor_config.json").write_text("{}")
@@ -687,8 +687,8 @@ def test_of_two_sets_of_weights_the_whole_one_is_used(checkpoint: Path, shards: 
     own = dict(loaded.model.named_parameters())
     assert torch.equal(own[WEIGHT], tensors[WEIGHT])
     assert (
-        measure(checkpoints.find(str(checkpoint)), "auto", 1e9).weights
-        == measure(checkpoints.find("demo"), "auto", 1e9).weights
+        estimate(checkpoints.find(str(checkpoint)), "auto", 1e9).weights
+        == estimate(checkpoints.find("demo"), "auto", 1e9).weights
     )
 
 

@@ -4,46 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from qwenvl_app.loading import footprint, plan
-from qwenvl_app.loading.footprint import Footprint
-from qwenvl_app.loading.plan import GIB, MIB, MemoryPlan
+from qwenvl_app.loading import plan
+from qwenvl_app.loading.footprint import Footprint, estimate
+from qwenvl_app.loading.plan import GIB, MIB, Memory, MemoryPlan
 from qwenvl_app.settings import load_settings
 from tests import real_shape
+from tests.test_footprint import write
 
 MARGIN = 512 * MIB
+LARGEST = 16384 + 1000 + 1024  # tokens of a request
 
 
 def published(
-    width: int, layers: int, parameters: float, *, heads: int, vision: int = 1152
+    width: int,
+    layers: int,
+    parameters: float,
+    *,
+    heads: int,
+    vision: int = 1152,
+    eager: bool = False,
 ) -> Footprint:
     """The footprint in bfloat16 on a GPU, from what is known of the published configurations."""
     config = real_shape.config(width, layers)
-    text, tower = config["text_config"], config["vision_config"]
-    head = text["head_dim"]
-    tower |= {"hidden_size": vision, "intermediate_size": 4304 if vision == 1152 else 4096}
-    return Footprint(
-        parameters=int(parameters),
-        dtype="bfloat16",
-        weights=int(2 * parameters),
-        layers=int(1.6 * parameters),
-        layer=2 * 151936 * width,
-        unread=0,
-        repacked=0,
-        read=0,
-        tokenizer=130 * MIB,
-        kv_token=2 * layers * 8 * head * 2,
-        attention_token=2 * heads * head * 2 + 8 * head * 2,
-        state=0,
-        chunk_token=footprint._chunk_token(text, 2),
-        max_length=262144,
-        patches=65536,
-        picture_tokens=16384,
-        pixels=16777216,
-        tower=footprint._tower(tower, width // 4, 2, cpu=False, eager=False),
-    )
+    config["text_config"] |= {"num_attention_heads": heads, "num_key_value_heads": 8}
+    config["vision_config"] |= {
+        "hidden_size": vision,
+        "intermediate_size": 4304 if vision == 1152 else 4096,
+    }
+    with TemporaryDirectory() as folder:
+        tensors = {
+            "model.language_model.layers.0.all": ("BF16", [int(parameters) - 151936 * width]),
+            "embed_tokens.weight": ("BF16", [151936, width]),
+        }
+        files = write(Path(folder), config, tensors)
+        need = estimate(files, "bfloat16", 50e6, cpu=False, eager=eager)
+    return dataclasses.replace(need, layer=2 * 151936 * width, tokenizer=130 * MIB)
 
 
 M2 = published(2048, 28, 2.13e9, heads=16, vision=1024)
@@ -59,7 +59,8 @@ def make(
     need: Footprint, *free: float, cpu: bool = False, host: float = 0, **changes
 ) -> MemoryPlan:
     sizes = [int(each * GIB) for each in free]
-    return plan.make(need, load_settings({}, **changes), sizes, cpu=cpu, host=int(host * GIB))
+    memory = Memory(sizes, cpu=cpu, host=int(host * GIB))
+    return plan.make(need, load_settings({}, **changes), memory)
 
 
 # By card, how many of the largest requests (16.8 megapixels, a page of text, 1,024 tokens of
@@ -99,7 +100,7 @@ def test_a_larger_card_is_used():
 def test_the_numbers_of_8b():
     """What the README says: 144 KiB a token."""
     assert M8.kv_token == 144 * 1024
-    assert 2.5 * GIB < M8.tower.peak(65536) < 3.5 * GIB
+    assert 2.5 * GIB < M8.tower < 3.5 * GIB
 
 
 @pytest.mark.parametrize(
@@ -178,8 +179,7 @@ def test_known_pictures_make_way():
 
 def test_eager_attention_is_known_to_be_greedy():
     """A square of the patches a head: half a terabyte for the largest picture."""
-    tower = footprint._tower(real_shape.config()["vision_config"], 1024, 2, cpu=False, eager=True)
-    made = make(dataclasses.replace(M8, tower=tower), 79)
+    made = make(published(4096, 36, 8.77e9, heads=32, eager=True), 79)
     assert made.problem
     assert "QWENVL_MAX_IMAGE_MEGAPIXELS=" in made.problem
 
@@ -195,18 +195,53 @@ def test_pictures_of_every_slot_count_on_a_cpu():
 
 
 def test_several_gpus_leave_room_for_each_layers_keys():
-    """accelerate would fill the first to the brim. Reckoned only: it was not run on GPUs."""
+    """accelerate might fill the first to the brim. Reckoned only: it was not run on GPUs."""
     made = make(M8, 15.6, 15.6, host=64)
     assert not made.problem
     assert not made.offloaded
     assert made.max_memory
     first, second = made.max_memory[0], made.max_memory[1]
     assert first + second >= M8.weights + M8.layer  # a layer is not divided
-    for limit, free, tower in ((first, 15.6, M8.tower.peak(M8.patches)), (second, 15.6, 0)):
-        keys = (made.room + made.prefix_cache) * limit / M8.layers
-        assert limit + keys + tower <= free * GIB
+    for limit, tower in ((first, M8.tower), (second, 0)):
+        keys = LARGEST * M8.token / 2  # half of the layers, and so of the largest request
+        assert limit + keys + tower + MARGIN <= 15.6 * GIB
     assert made.max_memory["cpu"] == 64 * GIB
     assert make(M8, 23.4, host=64).max_memory is None
+
+
+def loaded(need: Footprint, *free: float, shares: tuple[float, ...] = (1.0,), **changes):
+    memory = Memory([int(each * GIB) for each in free], cpu=False, shares=shares)
+    return plan.make(need, load_settings({}, **changes), memory)
+
+
+def test_once_the_weights_are_loaded_what_is_left_is_divided():
+    """As before, where the estimates were right."""
+    before, after = make(M8, 23.4), loaded(M8, 23.4 - M8.weights / GIB)
+    assert after.tokens == pytest.approx(before.tokens, rel=0.001)
+    assert not after.problem
+    assert " beside weights 16.3 GiB, " in str(after)
+    larger = loaded(dataclasses.replace(M8, tower=2 * M8.tower), 23.4 - M8.weights / GIB)
+    assert larger.together <= after.together
+    assert larger.patch[0] > after.patch[0]
+
+
+def test_what_was_measured_and_does_not_fit_is_refused():
+    """An estimate was too low: the start says so, and not the fourth request."""
+    made = loaded(dataclasses.replace(M8, tower=4 * M8.tower), 7)
+    assert made.problem
+    assert "the largest allowed picture does not fit beside the weights" in made.problem
+    assert "QWENVL_MAX_IMAGE_MEGAPIXELS=" in made.problem
+    assert "QWENVL_DTYPE" not in made.problem
+    assert loaded(M8, 0.2).problem
+
+
+def test_the_fullest_gpu_decides():
+    """Each layer's keys lie beside its weights, and the tower is on the first."""
+    one = loaded(M8, 12, 12, shares=(0.5, 0.5))
+    assert one.tokens < loaded(M8, 15.5, 12, shares=(0.5, 0.5)).tokens
+    assert one.tokens == loaded(M8, 12, 30, shares=(0.5, 0.5)).tokens
+    keys = (one.room + one.prefix_cache) / 2
+    assert keys + M8.tower + MARGIN <= 12 * GIB
 
 
 def test_what_no_gpu_has_room_for_stays_outside():
@@ -237,7 +272,7 @@ def test_a_compiled_step_shares_with_nobody():
     assert not made.shared
     assert made.patch == (0, 0)
     tokens = made.tokens * M8.token
-    assert M8.weights + tokens + M8.tower.peak(M8.patches) + made.prefix_cache + MARGIN <= 47 * GIB
+    assert M8.weights + tokens + M8.tower + made.prefix_cache + MARGIN <= 47 * GIB
     assert made.tokens < make(M8, 47).tokens
 
 

@@ -16,6 +16,8 @@ from qwenvl_app.settings import Settings
 
 if TYPE_CHECKING:
     from qwenvl_app.engine.engine import Engine
+    from qwenvl_app.engine.model import LoadedModel
+    from qwenvl_app.loading.plan import MemoryPlan
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class LocalBackend:
     def close(self) -> None:
         """See ``backends.Backend``. A load ends where it next says how far it is."""
         with self._lock:
-            self._status = Status(Phase.DRAINING, "the service is stopping")
+            self._status = Status.draining()
             engine, self._engine = self._engine, None
         self._closed.set()
         if engine:
@@ -91,19 +93,17 @@ class LocalBackend:
                 log.warning("the engine makes progress again")
             stalled = status is not None
 
-    def _start(self) -> Engine:
+    def _prepare(self) -> tuple[LoadedModel, MemoryPlan]:
         # Not at the top: importing torch and transformers takes seconds, in which /livez is to
         # answer already.
         from qwenvl_app.engine import cpu
-        from qwenvl_app.engine import engine as engines
-        from qwenvl_app.loading import checkpoint, devices, load, warm_up
+        from qwenvl_app.loading import checkpoint, devices, load
 
         settings = self._settings
-        compiled = settings.compile == "on"
         process.use_threads(settings.cpu_threads)
         self._say("looking for the checkpoint")
         found = checkpoint.find(settings.model, say=self._say)
-        plan = devices.make_plan(found, settings)
+        plan = devices.before_loading(found, settings)
         loaded = load.load(
             found,
             device=settings.device,
@@ -113,6 +113,15 @@ class LocalBackend:
             say=self._say,
         )
         cpu.pack(loaded.model)
+        return loaded, devices.after_loading(loaded, plan, self._say)
+
+    def _start(self) -> Engine:
+        loaded, plan = self._prepare()
+        from qwenvl_app.engine import engine as engines
+        from qwenvl_app.loading import devices, warm_up
+
+        settings = self._settings
+        compiled = settings.compile == "on"
         options = engines.EngineOptions(
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,
@@ -132,6 +141,7 @@ class LocalBackend:
                 hint = "or compiling it fails: set QWENVL_COMPILE=off"
                 raise ModelLoadError(f"{error}; {hint}") from None
             raise
+        devices.tell_process(plan)
         return engine
 
     def _say(self, message: str) -> None:

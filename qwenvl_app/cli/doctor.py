@@ -49,7 +49,7 @@ def examine(settings: Settings, bind: str) -> Iterator[Finding]:
     yield _port(bind)
     try:
         found = checkpoint.find(settings.model, download=False)
-        need = devices.measure(found, settings)
+        need = devices.estimate(found, settings)
     except checkpoint.NotDownloaded as error:
         text = f"{error}; `flask --app wsgi download` gets it, or else the first start"
         yield Finding(Level.WARN, "model", text)
@@ -114,16 +114,21 @@ def _memory(settings: Settings, need: footprint.Footprint) -> Iterator[Finding]:
     gpus = devices.gpus(settings.device)
     host = memory.free_memory(torch.device("cpu"))
     if not gpus:
-        made = plan.make(need, settings, [host], cpu=True)
+        made = plan.make(need, settings, plan.Memory([host], cpu=True))
         yield _judged("memory", made)
         if not made.problem:
-            idle, most = made.process(psutil.Process().memory_info().rss)
+            idle = psutil.Process().memory_info().rss
+            idle += plan.LIBRARIES + need.tokenizer + need.weights
+            most = idle + made.work
             text = f"about {plan.gib(idle)} when idle, and up to {plan.gib(most)} at once"
             yield Finding(Level.OK, "process", text)
         return
     free, total = zip(*map(torch.cuda.mem_get_info, gpus), strict=True)
     spare = host if settings.device == "auto" else 0
-    now, empty = (plan.make(need, settings, each, cpu=False, host=spare) for each in (free, total))
+    now, empty = (
+        plan.make(need, settings, plan.Memory(each, cpu=False, host=spare))
+        for each in (free, total)
+    )
     yield _judged("GPU memory", now, empty)
     yield _host(settings, need, host)
 

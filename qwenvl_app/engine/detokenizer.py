@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenvl_app.prompts import Reasoning
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from qwenvl_app.prompts import Reasoning
 
 _REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 

@@ -197,7 +197,10 @@ class Executor:
         found = [None] * len(tokens) if logprobs is None else scores(logprobs, wanted, tokens)
         outcomes: list[Outcome] = []
         for (sequence, is_ready), token, score in zip(each, tokens, found, strict=True):
-            if isinstance(token, Exception):
+            if isinstance(token, ServiceError):
+                self.cache.clear(rows.index(sequence))
+                outcomes.append(Outcome(sequence, token))
+            elif isinstance(token, Exception):
                 raised = token if token.__traceback__ else None
                 log.error("%s (request %s)", token, sequence.request_id, exc_info=raised)
                 self.cache.clear(rows.index(sequence))

@@ -38,7 +38,7 @@ class Intake:
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
 
     def __call__(self, request: GenerationRequest, arrived: float) -> Sequence:
-        """Raises TooLarge for one that could never fit, before any work."""
+        """Raises TooLarge for one that could never fit, before any work, and BadSchema."""
         loaded, sampling = self._loaded, request.sampling
         inputs = prepare(loaded, request)
         free = self._free(inputs)
@@ -49,7 +49,9 @@ class Intake:
                 span.pixels = patcher.patches(image)
         most = self._most
         limit = min(sampling.max_new_tokens or most, most, free)
-        sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)
+        matcher = loaded.grammars.matcher(request.constraint, inputs.reasoning)
+        defaults = loaded.model.generation_config
+        sampler = Sampler(sampling, defaults, inputs.ids, self._runner.device, matcher)
         detokenizer = Detokenizer(loaded.tokenizer, inputs.reasoning)
         renderer = Renderer(detokenizer, sampling.stop, self._texts, self.ends)
         return Sequence(request, inputs, sampler, limit, renderer, arrived, prefix)

@@ -36,7 +36,7 @@ class SlotCache(Cache):
 
     Memory follows the tokens that live: the rectangle grows in blocks and shrinks when it is much
     too large, or larger than it may be. While it does either, one tensor of one layer is there
-    twice, which is no part of a budget in tokens (``footprint.Footprint.token`` counts it). Used by
+    twice, which is no part of a budget in tokens (``Footprint.token`` counts it). Used by
     the engine's thread alone.
 
     ``roomy``, in tokens: the rectangle's sides are powers of two (rows, blocks) as long as it is

@@ -1,19 +1,21 @@
-"""The devices that a model goes to, and the plan for them."""
+"""The devices that a model goes to, and the plan for their memory."""
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import importlib.util
 import logging
+from collections.abc import Callable
 
 import psutil
 import torch
 
 from qwenvl_app.engine.memory import free_memory
+from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.errors import ModelLoadError
-from qwenvl_app.loading import plan
+from qwenvl_app.loading import footprint, measuring, plan
 from qwenvl_app.loading.checkpoint import Checkpoint
-from qwenvl_app.loading.footprint import Footprint
-from qwenvl_app.loading.footprint import measure as measure_files
 from qwenvl_app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -38,13 +40,10 @@ def keeps_fp8(device: str) -> bool:
     return bool(found) and able and importlib.util.find_spec("kernels") is not None
 
 
-def measure(checkpoint: Checkpoint, settings: Settings) -> Footprint:
-    """The footprint of ``checkpoint`` on the devices that it goes to.
-
-    Raises ModelLoadError.
-    """
+def estimate(checkpoint: Checkpoint, settings: Settings) -> footprint.Footprint:
+    """The footprint of ``checkpoint`` on the devices that it goes to. Raises ModelLoadError."""
     try:
-        return measure_files(
+        return footprint.estimate(
             checkpoint,
             settings.dtype,
             settings.max_image_megapixels * 1e6,
@@ -59,25 +58,43 @@ def measure(checkpoint: Checkpoint, settings: Settings) -> Footprint:
         ) from None
 
 
-def make_plan(checkpoint: Checkpoint, settings: Settings) -> plan.MemoryPlan:
+def before_loading(checkpoint: Checkpoint, settings: Settings) -> plan.MemoryPlan:
     """The plan for what is free now; it is logged. Raises ModelLoadError if it can't work."""
-    need = measure(checkpoint, settings)
-    host = free_memory(torch.device("cpu"))
-    if found := gpus(settings.device):
-        free = [free_memory(gpu) for gpu in found]
-        made = plan.make(
-            need, settings, free, cpu=False, host=host if settings.device == "auto" else 0
-        )
-    else:
-        made = plan.make(need, settings, [host], cpu=True)
+    host, found = free_memory(torch.device("cpu")), gpus(settings.device)
+    free = [free_memory(gpu) for gpu in found] or [host]
+    spare = host if settings.device == "auto" else 0
+    memory = plan.Memory(free, cpu=not found, host=spare)
+    return _told(plan.make(estimate(checkpoint, settings), settings, memory))
+
+
+def after_loading(
+    loaded: LoadedModel, made: plan.MemoryPlan, say: Callable[[str], None]
+) -> plan.MemoryPlan:
+    """The same with what is measured and what is left on GPUs. Raises ModelLoadError."""
+    if not gpus(made.settings.device):
+        return made
+    say("measuring what the largest request takes")
+    need, shares = measuring.measure(loaded, made.need, made.settings.prefill_chunk)
+    gc.collect()
+    torch.cuda.empty_cache()
+    memory = plan.Memory([free_memory(gpu) for gpu in shares], False, shares=[*shares.values()])
+    left = _told(plan.make(need, made.settings, memory))
+    return dataclasses.replace(left, offloaded=made.offloaded)
+
+
+def _told(made: plan.MemoryPlan) -> plan.MemoryPlan:
     if made.problem:
         raise ModelLoadError(f"not enough memory: {made}")
     log.log(logging.WARNING if made.tight or made.offloaded else logging.INFO, "memory: %s", made)
-    if not found:
-        idle, most = made.process(psutil.Process().memory_info().rss)
+    return made
+
+
+def tell_process(made: plan.MemoryPlan) -> None:
+    """Log what this process takes on a CPU, idle as it is now, and at once."""
+    if not gpus(made.settings.device):
+        idle = psutil.Process().memory_info().rss
         log.info(
             "memory of this process: about %d MiB when idle, up to %d MiB at once",
             idle // plan.MIB,
-            most // plan.MIB,
+            (idle + made.work) // plan.MIB,
         )
-    return made

@@ -52,20 +52,14 @@ def load(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below
+            ignore_mismatched_sizes=True,  # they are told by _check_weights
         )
-    for tensor, stored, wanted in sorted(report["mismatched_keys"]):
-        raise ModelLoadError(
-            f"the weights do not fit config.json: {tensor} is {tuple(stored)} and should be "
-            f"{tuple(wanted)}; the files are not of one checkpoint"
-        )
-    if missing := sorted(report["missing_keys"]):  # they would be filled with random numbers
-        raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
+    _check_weights(report)
     _tell_offload(getattr(model, "hf_device_map", {}))
     model.generation_config = defaults
-    return LoadedModel(
-        model.eval(), *processing.load(directory, model.config, checkpoint.chat_template)
-    )
+    loaded = LoadedModel(model.eval(), *processing.load(checkpoint, model.config))
+    _ = loaded.grammars  # it holds up all threads for a second: not when requests run
+    return loaded
 
 
 @contextmanager
@@ -96,6 +90,17 @@ def _config(checkpoint: Checkpoint, device: str) -> Any:
         log.warning("%s weights are loaded as they were before they were quantised", method)
         config.quantization_config["dequantize"] = True
     return config
+
+
+def _check_weights(report: dict[str, Any]) -> None:
+    """Raise ModelLoadError unless all weights were there; others are filled with random numbers."""
+    for tensor, stored, wanted in sorted(report["mismatched_keys"]):
+        raise ModelLoadError(
+            f"the weights do not fit config.json: {tensor} is {tuple(stored)} and should be "
+            f"{tuple(wanted)}; the files are not of one checkpoint"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelLoadError(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
 
 
 def _tell_offload(places: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the device's memory is used for, decided before anything is loaded.
+"""How the device's memory is divided: by estimates, and on a GPU again by what was measured.
 
 The start and the doctor make the same plan. On one device the KV cache and the vision tower share
 what the weights and the known pictures leave: a tower at work is when the fewest tokens are kept.
@@ -6,7 +6,6 @@ what the weights and the known pictures leave: a tower at work is when the fewes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,13 +16,11 @@ GIB, MIB = 2**30, 2**20
 # A pixel of a picture takes four bytes, and four times that for a moment if it is WebP.
 # And of what it is resized to: itself, an array of it, and floats; these until it is encoded.
 DECODING, DECODED, RESIZED, FLOATS = 16, 4, 19, 12
-PROMPT = 1000  # tokens beside the picture: a page of text
 # Code and tables that are only touched once the model runs: measured with the embedded model.
 LIBRARIES = 40 * MIB
+_PROMPT = 1000  # tokens beside the picture: a page of text
 # Left alone: workspaces, fragments, kernels that CUDA loads late. A machine has other users too.
 _GPU_MARGIN, _CPU_MARGIN, _CPU_SHARE = 512 * MIB, 256 * MIB, 0.1
-
-
 _NO_ROOM = "the largest allowed picture does not fit beside the weights"
 
 
@@ -34,11 +31,12 @@ class MemoryPlan:
     need: Footprint
     settings: Settings
     free: int  # of all devices
+    loaded: bool = False  # the weights are there, and not in ``free``
     prefix_cache: int = 0  # for pictures that were asked about before
     room: int = 0  # for the KV cache, and for the tower if that shares it
     shared: bool = True
     tokens: int = 0  # in the KV cache
-    max_memory: dict[int | str, int] | None = None  # for weights, where there are several devices
+    max_memory: dict[int | str, int] | None = None  # of weights, where a device may be too small
     offloaded: int = 0  # weights that stay in the machine's memory and are fetched in every step
     problem: str | None = None
     tight: str | None = None
@@ -46,56 +44,42 @@ class MemoryPlan:
     @property
     def kv_cache(self) -> int:
         """With what recurrent layers keep of every slot."""
-        need = self.need
-        return self.tokens * need.kv_token + self.settings.max_concurrency * need.state
+        return self.tokens * self.need.kv_token + self.settings.max_concurrency * self.need.state
 
     @property
     def patch(self) -> tuple[int, int]:
         """What a patch takes of ``kv_cache``: in the tower, and from there until it is read."""
+        need = self.need
         if not self.shared:
             return 0, 0
-        need = self.need
-        tower = need.tower.peak(need.patches) // max(1, need.patches) - need.tower.features
-        features = need.tower.features
-        return tower * need.kv_token // need.token + 1, features * need.kv_token // need.token + 1
+        rate = need.kv_token / need.token / max(1, need.patches)
+        return int(rate * (need.tower - need.features) + 1), int(rate * need.features + 1)
 
     @property
     def together(self) -> int:
         """How many of the largest requests fit at once, one of them in the tower."""
+        tower = self.shared * (self.need.tower - self.need.features)
+        each = self.need.token * _tokens(self.need, self.settings) + self.need.features
+        fit = (self.room - tower) // each or int(self.room >= each)
+        return max(0, min(self.settings.max_concurrency, fit))
+
+    @property
+    def work(self) -> int:
+        """On a CPU: the most that an idle process takes for the largest request in every slot."""
         need, slots = self.need, self.settings.max_concurrency
-        features = need.tower.features * need.patches
-        each = need.token * _tokens(need, self.settings) + features
-        tower = need.tower.peak(need.patches) - features if self.shared else 0
-        if self.room >= each + tower:
-            return min(slots, (self.room - tower) // each)
-        return int(self.room >= each)
-
-    def process(self, base: int) -> tuple[int, int]:
-        """(idle, at most): what the process takes on a CPU, of which it has ``base`` already.
-
-        At most: at the worst moment of the largest request in every slot.
-        """
-        need, slots, settings = self.need, self.settings.max_concurrency, self.settings
-        pixels = settings.max_image_megapixels * 1e6
-        tokens = slots * _tokens(need, settings)
-        known = min(self.prefix_cache, slots * need.picture_tokens * need.kv_token)
-        idle = base + LIBRARIES + need.tokenizer + _weights(need) + need.read - need.unread
-        decoding = slots * picture(need, settings)
-        encoding = slots * (DECODED * pixels + FLOATS * need.pixels) + need.tower.peak(need.patches)
-        answering = (
-            slots * (DECODED * pixels + need.state)
-            + min(tokens, self.tokens) * need.token
-            + known
-            + settings.prefill_chunk * need.chunk_token
-        )
-        return idle, idle + int(max(decoding, encoding, answering))
+        held = slots * DECODED * self.settings.max_image_megapixels * 1e6
+        encoding = held + slots * FLOATS * need.pixels + need.tower
+        tokens = min(slots * _tokens(need, self.settings), self.tokens) * need.token
+        kept = min(self.prefix_cache, slots * need.picture_tokens * need.kv_token)
+        answering = held + _fixed(need, self.settings) + tokens + kept
+        return int(max(slots * picture(need, self.settings), encoding, answering))
 
     def __str__(self) -> str:
         need = self.need
         text = (
-            f"{gib(max(0, self.free))} free; weights {gib(_weights(need) - self.offloaded)}, "
-            f"vision tower up to {gib(need.tower.peak(need.patches))}, known pictures up to "
-            f"{gib(self.prefix_cache)}, KV cache up to {gib(self.kv_cache)} "
+            f"{gib(max(0, self.free))} free{' beside' if self.loaded else ';'} weights "
+            f"{gib(need.weights - self.offloaded)}, vision tower up to {gib(need.tower)}, known "
+            f"pictures up to {gib(self.prefix_cache)}, KV cache up to {gib(self.kv_cache)} "
             f"({self.tokens:,} tokens of {need.kv_token / 1024:.0f} KiB"
             f"{', less what the tower takes' if self.shared else ''})"
         )
@@ -108,44 +92,46 @@ class MemoryPlan:
         return text
 
 
-def make(
-    need: Footprint, settings: Settings, free: Sequence[int], *, cpu: bool, host: int = 0
-) -> MemoryPlan:
-    """The plan for GPUs with so much ``free`` each, or for the CPU.
+@dataclass(frozen=True)
+class Memory:
+    """What is there: GPUs with so many bytes free each, or the CPU with its one number.
 
     ``host``: what the machine has for weights that no GPU has room for; 0: they have to fit.
+    ``shares``: the weights are loaded, and each device has such a part of the KV cache.
     """
 
-    def attempt(more: Settings, megapixels: float | None = None) -> MemoryPlan:
-        smaller = need if megapixels is None else need.at(megapixels * 1e6)
-        return _plan(smaller, more, free, cpu=cpu, host=host)
+    free: Sequence[int]
+    cpu: bool
+    host: int = 0
+    shares: Sequence[float] = ()
 
-    plan = attempt(settings)
+
+def make(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
+    """The plan for ``memory``, with advice if it can't work."""
+    plan = _divide(need, settings, memory)
     if not (plan.problem or plan.tight):
         return plan
     advice = []
-    for slots in range(settings.max_concurrency - 1, 0, -1):
-        if _is_good(attempt(settings.model_copy(update={"max_concurrency": slots}))):
-            advice.append(f"QWENVL_MAX_CONCURRENCY={slots}")
-            break
-    for megapixels in _smaller(settings.max_image_megapixels):
-        change = {"max_image_megapixels": megapixels}
-        if _is_good(attempt(settings.model_copy(update=change), megapixels)):
-            advice.append(f"QWENVL_MAX_IMAGE_MEGAPIXELS={megapixels:g}")
-            break
-    if settings.kv_cache_mb:
-        other = attempt(settings.model_copy(update={"kv_cache_mb": 0}))
-        if _is_good(other):
-            advice.append(f"QWENVL_KV_CACHE_MB=0, which makes it {other.kv_cache // MIB} here")
+    for name, values in (
+        ("max_concurrency", range(settings.max_concurrency - 1, 0, -1)),
+        ("max_image_megapixels", _smaller(settings.max_image_megapixels)),
+        ("kv_cache_mb", [0] * bool(settings.kv_cache_mb)),
+    ):
+        for value in values:
+            changed = settings.model_copy(update={name: value})
+            other = _divide(need.at(changed.max_image_megapixels * 1e6), changed, memory)
+            if not (other.problem or other.tight):
+                advice.append(f"QWENVL_{name.upper()}={value:g}")
+                if name == "kv_cache_mb":
+                    advice[-1] += f", which makes it {other.kv_cache // MIB} here"
+                break
     if plan.problem:
-        half = need.dtype == "float32" and not need.quantised
-        advice += ["QWENVL_DTYPE=bfloat16"] * half + [
-            "a quantised or a smaller checkpoint",
-            "more memory",
-        ]
-    elif not advice:
-        return plan
-    why = f"{plan.problem or plan.tight}; what would fit: {', or '.join(advice)}"
+        half = need.dtype == "float32" and not (need.quantised or memory.shares)
+        advice += ["QWENVL_DTYPE=bfloat16"] * half
+        advice += ["a quantised or a smaller checkpoint", "more memory"]
+    why = "; what would fit: ".join(
+        filter(None, (plan.problem or plan.tight, ", or ".join(advice)))
+    )
     return replace(plan, problem=plan.problem and why, tight=plan.tight and why)
 
 
@@ -160,24 +146,17 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
 
 
-def _plan(
-    need: Footprint, settings: Settings, free: Sequence[int], *, cpu: bool, host: int
-) -> MemoryPlan:
-    """Without advice."""
-    slots, weights = settings.max_concurrency, _weights(need)
-    pictures = picture(need, settings) if cpu else 0
-    # A compiled step has no use for a cache that grows and shrinks with what lives.
-    alone = len(free) == 1 and settings.compile == "off"
-    shared = alone and not settings.kv_cache_mb
-    plan = MemoryPlan(need, settings, sum(free), shared=shared)
-    least = _least(need, settings, shared=shared)
-    # Layers go to a device as a whole: on each but the last, less than one may find no place.
-    spare = sum(_usable(need, settings, free, cpu=cpu)) - weights - (len(free) - 1) * need.layer
-    if spare < least <= spare + weights and host > least - spare + need.layer:
-        # accelerate keeps a place free for the layer that is fetched.
-        plan, spare = replace(plan, offloaded=min(weights, least - spare + need.layer)), least
+def _divide(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
+    slots, shared = settings.max_concurrency, _shares(settings, memory)
+    pictures = picture(need, settings) if memory.cpu else 0
+    beside = 0 if shared else _beside(need, settings)
+    asked = max(0, settings.kv_cache_mb * MIB - slots * need.state) // need.kv_token
+    tokens = (asked or _tokens(need, settings)) * need.token
+    least = max(need.tower, tokens + need.features) if shared else beside + tokens
+    plan = MemoryPlan(need, settings, sum(memory.free), bool(memory.shares), shared=shared)
+    plan, spare = _spare(plan, memory, least, beside)
     if spare <= 0:
-        return replace(plan, problem="the weights do not fit")
+        return replace(plan, problem=_NO_ROOM if plan.loaded else "the weights do not fit")
     if spare < least + pictures:
         own = "QWENVL_KV_CACHE_MB does not fit beside the weights"
         return replace(plan, problem=own if settings.kv_cache_mb else _NO_ROOM)
@@ -186,86 +165,63 @@ def _plan(
     if room < least:
         room = least
         plan = replace(plan, tight="the largest picture in every slot at once does not fit")
-    room = min(room, _most(need, settings)) - (0 if shared else _beside(need, settings))
-    if len(free) > 1:
-        # Each layer's keys lie beside its weights, so that there must be place for both.
-        usable = sum(_usable(need, settings, free, cpu=cpu)) - _beside(need, settings)
-        share = usable / (weights - plan.offloaded + (len(free) - 1) * need.layer) - 1
-        room = min(room, int(share * need.layers) - prefix_cache)
-    tokens = _asked(need, settings) or room // need.token
-    if tokens < _tokens(need, settings):
-        if not settings.kv_cache_mb:
-            return replace(plan, problem=_NO_ROOM)
+    # No more than every slot could use, whatever is asked.
+    prompt = need.picture_tokens + settings.max_prompt_chars + settings.max_new_tokens
+    each = min(need.max_length, prompt) * need.token + need.features
+    room = min(room, slots * each + need.tower) - beside
+    plan = replace(plan, prefix_cache=prefix_cache, room=room, tokens=asked or room // need.token)
+    if plan.tokens < _tokens(need, settings):
         why = "QWENVL_KV_CACHE_MB is too small for the largest request: it is refused"
-        plan = replace(plan, tight=why)
-    plan = replace(plan, prefix_cache=prefix_cache, room=room, tokens=tokens)
-    if len(free) == 1 and not plan.offloaded:
-        return plan
-    return replace(plan, max_memory=_limits(plan, _usable(need, settings, free, cpu=cpu), host))
+        return replace(plan, tight=why) if asked else replace(plan, problem=_NO_ROOM)
+    return plan
 
 
-def _limits(plan: MemoryPlan, usable: list[int], host: int) -> dict[int | str, int]:
-    """Of weights, for accelerate: ``usable`` less the tower, which is on the first, and the KV."""
-    need = plan.need
-    if len(usable) == 1:
-        limits = [_weights(need) - plan.offloaded + need.layer]
-    else:
-        usable = [usable[0] - _beside(need, plan.settings), *usable[1:]]
-        share = (plan.room + plan.prefix_cache) / need.layers
-        limits = [math.ceil(size / (1 + share)) for size in usable]
-    return {**dict(enumerate(limits)), "cpu": host}
+def _spare(plan: MemoryPlan, memory: Memory, least: int, beside: int) -> tuple[MemoryPlan, int]:
+    """What the weights leave, of which ``least`` is wanted; the plan with where they go."""
+    need, devices = plan.need, len(memory.free)
+    usable = [_usable(need, plan.settings, size, cpu=memory.cpu) for size in memory.free]
+    if plan.loaded:  # each layer's keys lie beside its weights
+        sizes = zip([usable[0] - beside, *usable[1:]], memory.shares, strict=True)
+        return plan, beside + int(min(size / share for size, share in sizes if share))
+    # Layers go to a device as a whole: on each but the last, less than one may find no place.
+    spare = sum(usable) - need.weights - (devices - 1) * need.layer
+    # accelerate keeps a place free for the layer that is fetched.
+    outside = least - spare + need.layer
+    if spare < least <= spare + need.weights and memory.host > outside:
+        plan, spare = replace(plan, offloaded=min(need.weights, outside)), least
+    if devices > 1 or plan.offloaded:
+        limits: dict[int | str, int] = {"cpu": memory.host}
+        for number, size in enumerate(usable):  # which accelerate fills evenly
+            limits[number] = max(0, size - (least - beside) // devices - beside * (not number))
+        plan = replace(plan, max_memory=limits)
+    return plan, spare
 
 
-def _usable(need: Footprint, settings: Settings, free: Sequence[int], *, cpu: bool) -> list[int]:
-    """Of each device, for weights and caches."""
-    fixed = settings.max_concurrency * need.state + settings.prefill_chunk * need.chunk_token
-    if cpu:
-        fixed += LIBRARIES + need.tokenizer
-        return [size - max(_CPU_MARGIN, int(_CPU_SHARE * size)) - fixed for size in free]
-    return [size - _GPU_MARGIN - fixed for size in free]
-
-
-def _weights(need: Footprint) -> int:
-    return need.weights + need.repacked
-
-
-def _tokens(need: Footprint, settings: Settings) -> int:
-    """Of the largest request, with a page of text for a prompt."""
-    return min(need.picture_tokens + PROMPT + settings.max_new_tokens, need.max_length)
-
-
-def _asked(need: Footprint, settings: Settings) -> int:
-    """Tokens that QWENVL_KV_CACHE_MB has room for; 0 if it is not set."""
-    states = settings.max_concurrency * need.state
-    return max(0, settings.kv_cache_mb * MIB - states) // need.kv_token
-
-
-def _least(need: Footprint, settings: Settings, *, shared: bool) -> int:
-    """For one of the largest requests: what the tower takes and, then or at once, its tokens."""
-    if shared:
-        features = need.tower.features * need.patches
-        tokens = features + _tokens(need, settings) * need.token
-        return max(need.tower.peak(need.patches), tokens)
-    tokens = _asked(need, settings) or _tokens(need, settings)
-    return _beside(need, settings) + tokens * need.token
+def _shares(settings: Settings, memory: Memory) -> bool:
+    """Whether KV cache and tower do. A compiled step's cache does not shrink with what lives."""
+    return len(memory.free) == 1 and settings.compile == "off" and not settings.kv_cache_mb
 
 
 def _beside(need: Footprint, settings: Settings) -> int:
     """The tower's own memory: one picture is in it, while another is prefilled."""
-    another = need.tower.features * need.patches if settings.max_concurrency > 1 else 0
-    return need.tower.peak(need.patches) + another
+    return need.tower + need.features * (settings.max_concurrency > 1)
 
 
-def _most(need: Footprint, settings: Settings) -> int:
-    """What every slot could use, whatever is asked."""
-    prompt = need.picture_tokens + settings.max_prompt_chars + settings.max_new_tokens
-    tokens = settings.max_concurrency * min(need.max_length, prompt)
-    features = settings.max_concurrency * need.tower.features * need.patches
-    return tokens * need.token + need.tower.peak(need.patches) + features
+def _usable(need: Footprint, settings: Settings, free: int, *, cpu: bool) -> int:
+    """Of a device, for weights and caches."""
+    margin = _GPU_MARGIN
+    if cpu:
+        margin = max(_CPU_MARGIN, int(_CPU_SHARE * free)) + LIBRARIES + need.tokenizer
+    return free - margin - _fixed(need, settings)
 
 
-def _is_good(plan: MemoryPlan) -> bool:
-    return not (plan.problem or plan.tight)
+def _fixed(need: Footprint, settings: Settings) -> int:
+    return settings.max_concurrency * need.state + settings.prefill_chunk * need.chunk_token
+
+
+def _tokens(need: Footprint, settings: Settings) -> int:
+    """Of the largest request."""
+    return min(need.picture_tokens + _PROMPT + settings.max_new_tokens, need.max_length)
 
 
 def _smaller(megapixels: float) -> Iterator[float]:

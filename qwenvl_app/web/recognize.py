@@ -31,7 +31,6 @@ def blueprint(
 ) -> Blueprint:
     """The route, bound to what answers it."""
     routes = Blueprint("recognize", __name__)
-    sampling = SamplingParams(repetition_limit=settings.repetition_limit)
 
     # A slash at the end was a redirect to this route; here it is the route.
     @routes.post("/v1/image/recognize", strict_slashes=False, provide_automatic_options=False)
@@ -44,33 +43,36 @@ def blueprint(
             require_ready(status())
             with admission.admit(deadline) as waited:
                 record.stages["queue"] = waited
-                result = _answer(form, deadline)
+                result = _answer(settings, backend, form, deadline)
         return jsonify(status="success", result=result)
 
-    def _answer(form: RecognizeForm, deadline: Deadline) -> str:
-        record = request_log.current()
-        with record.stage("image"):
-            image = decode_image(form.image.data, max_megapixels=settings.max_image_megapixels)
-        record.pixels = image.width * image.height
-        deadline.check()
-        record.submit()
-        generation = backend.generate(
-            GenerationRequest(
-                question(image, form.prompt), g.request_id, sampling, deadline=deadline.at
-            )
-        )
-        try:
-            with deadline.on_leaving(generation.cancel):
-                result = "".join(record.take(delta) for delta in generation)
-        finally:
-            generation.cancel()
-        deadline.check()
-        if not result and record.usage and record.usage.reasoning_tokens:
-            # Cut before the answer began, as a rule. An empty result would look like one.
-            raise InternalError(_ONLY_REASONING, reason="no_answer")
-        return result
-
     return routes
+
+
+def _answer(settings: Settings, backend: Backend, form: RecognizeForm, deadline: Deadline) -> str:
+    """What the model says of the picture; the caller holds a permit."""
+    record = request_log.current()
+    with record.stage("image"):
+        image = decode_image(form.image.data, max_megapixels=settings.max_image_megapixels)
+    record.pixels = image.width * image.height
+    deadline.check()
+    record.submit()
+    sampling = SamplingParams(repetition_limit=settings.repetition_limit)
+    generation = backend.generate(
+        GenerationRequest(
+            question(image, form.prompt), g.request_id, sampling, deadline=deadline.at
+        )
+    )
+    try:
+        with deadline.on_leaving(generation.cancel):
+            result = "".join(record.take(delta) for delta in generation)
+    finally:
+        generation.cancel()
+    deadline.check()
+    if not result and record.usage and record.usage.reasoning_tokens:
+        # Cut before the answer began, as a rule. An empty result would look like one.
+        raise InternalError(_ONLY_REASONING, reason="no_answer")
+    return result
 
 
 def _read(settings: Settings, deadline: Deadline) -> RecognizeForm:

@@ -1,4 +1,4 @@
-"""What is predicted of a GPU's memory against what torch allocates there.
+"""What is estimated and measured of a GPU's memory against what torch allocates there.
 
 Without a GPU one is pretended, which counts the bytes of all tensors that live on it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,15 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-from qwenvl_app.engine.engine import Engine
+from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.engine.inputs import prepare
 from qwenvl_app.engine.kv_cache import SlotCache
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.runner import Runner
-from qwenvl_app.errors import Unavailable
-from qwenvl_app.loading import footprint
+from qwenvl_app.errors import ModelLoadError, Unavailable
+from qwenvl_app.loading import devices, footprint, measuring, plan
 from qwenvl_app.loading.checkpoint import find
 from qwenvl_app.loading.load import load
+from qwenvl_app.settings import load_settings
 from tests import real_shape
 from tests.engines import OPTIONS, finish, request
 from tests.gpu.conftest import Tell
@@ -89,7 +91,7 @@ class Measured:
     weights: int
 
     def predicted(self, pixels: int) -> footprint.Footprint:
-        return footprint.measure(find(str(self.directory)), "auto", pixels, cpu=False)
+        return footprint.estimate(find(str(self.directory)), "auto", pixels, cpu=False)
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +157,86 @@ def test_the_vision_tower(measured, tell: Tell):
         meter.restart()
         features = runner.begin_vision([span]).advance(0, runner.depth)
     taken = meter.peak - before
-    predicted = measured.predicted(1024 * 512).tower.peak(span.patches)
+    predicted = measured.predicted(1024 * 512).tower
     each, expected = (size / span.patches / 1024 for size in (taken, predicted))
     tell(f"{each:.1f} KiB a patch, predicted {expected:.1f}")
     assert features
     assert taken == pytest.approx(predicted, rel=0.15)
+
+
+@pytest.fixture
+def books(measured, monkeypatch) -> None:
+    """torch's books of a pretended GPU."""
+    if (gpus := measured.meter) and not isinstance(gpus, Cuda):
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _gpu: gpus.allocated)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _gpu: gpus.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _gpu: gpus.restart())
+
+
+CHUNK, SIDES = 128, (512, 256)  # of the largest picture
+
+
+def test_what_is_measured_is_what_an_engine_takes(measured, books, tell: Tell):
+    """The largest requests in every slot keep to the room that the plan gives them."""
+    meter, pixels = measured.meter, math.prod(SIDES)
+    estimated = measured.predicted(pixels)
+    before = meter.allocated
+    with meter.here():
+        need, shares = measuring.measure(measured.loaded, estimated, CHUNK)
+    gc.collect()
+    assert meter.allocated <= before + 2**20  # all of it is given back
+    assert list(shares.values()) == [1.0]
+    for name in ("tower", "token", "chunk_token"):
+        was, now = getattr(estimated, name) / 1024, getattr(need, name) / 1024
+        tell(f"{name}: {now:.1f} KiB, estimated {was:.1f}")
+    settings = load_settings(
+        {}, prefill_chunk=CHUNK, max_new_tokens=16, prefix_cache_mb=0, max_concurrency=2
+    )
+
+    def planned(free: int) -> plan.MemoryPlan:
+        return plan.make(need, settings, plan.Memory([free], cpu=False, shares=[1.0]))
+
+    free = next(free for free in range(plan.GIB // 2, plan.GIB, 2**21) if not planned(free).problem)
+    made, margin = planned(free + free // 100), plan.GIB // 2
+    options = EngineOptions(2, 16, made.kv_cache, 0, CHUNK, made.patch)
+    images = [Image.effect_noise(SIDES, n).convert("RGB") for n in (60, 90)]
+    with meter.here():
+        engine = Engine(measured.loaded, options)
+    try:
+        before = settled(engine, meter)
+        meter.restart()
+        with meter.limit(made.free - margin):
+            asked = [engine.submit(request(image, max_new_tokens=4)) for image in images]
+            for sequence in asked:
+                finish(sequence)
+        room, taken = (size / 2**20 for size in (made.free - margin, meter.peak - before))
+        tell(f"{taken:.1f} MiB, of {room:.1f} that there were")
+        assert all(sequence.tokens for sequence in asked)
+    finally:
+        engine.close()
+
+
+def test_the_start_divides_what_is_left_by_what_was_measured(measured, books, monkeypatch):
+    """And refuses in a sentence what does not fit, though the estimate had let it pass."""
+    monkeypatch.setattr(devices, "gpus", lambda _device: [measured.runner.device])
+    settings = load_settings({}, prefill_chunk=CHUNK)
+    need = measured.predicted(math.prod(SIDES))
+    made = plan.make(need, settings, plan.Memory([plan.GIB * 8], cpu=False))
+    assert not made.problem
+    said: list[str] = []
+
+    def after(free: int) -> plan.MemoryPlan:
+        monkeypatch.setattr(devices, "free_memory", lambda _gpu: free)
+        with measured.meter.here():
+            return devices.after_loading(measured.loaded, made, said.append)
+
+    left = after(plan.GIB * 2)
+    assert said == ["measuring what the largest request takes"]
+    assert left.need.tower != need.tower  # measured
+    assert 0 < left.kv_cache + left.prefix_cache <= plan.GIB * 1.5
+    assert left.kv_cache > 1024 * need.kv_token
+    with pytest.raises(ModelLoadError, match="the largest allowed picture does not fit beside"):
+        after(plan.GIB // 2 + 15 * plan.MIB)
 
 
 @pytest.mark.slow

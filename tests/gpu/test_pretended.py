@@ -17,11 +17,12 @@ from PIL import Image
 from qwenvl_app.engine.engine import Engine
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sequence import Sequence
-from qwenvl_app.generation import GenerationRequest
+from qwenvl_app.generation import Constraint, GenerationRequest
 from qwenvl_app.loading.checkpoint import FAMILIES
 from qwenvl_app.loading.load import load
 from tests import families
 from tests.engines import OPTIONS, finish, generate, judge, random_request, request, spread
+from tests.engines import running as cpu_running
 from tests.gpu.pretend import GPU, Gpus, pretend
 from tests.waiting import until
 
@@ -211,3 +212,17 @@ def test_what_a_gpu_refuses_is_refused(gpus):
         assert (there + torch.tensor(1.0)).tolist() == [2, 2, 2]  # a number of the host is taken
     with pytest.raises(RuntimeError, match="thread"):
         there + 1
+
+
+def test_answers_held_to_a_schema_are_those_of_the_cpu(wild, gpus):
+    """What is allowed is found out on the CPU, and goes to the device in one copy a step."""
+    schema = {"type": "array", "items": {"enum": ["红色", 7, None]}, "minItems": 3, "maxItems": 9}
+    bound = dataclasses.replace(
+        request(Image.new("RGB", (64, 64), "red"), max_new_tokens=80),
+        constraint=Constraint("json", schema),
+    )
+    asked = [bound, random_request(random.Random(2), max_new_tokens=12), bound]
+    with cpu_running(wild) as engine:
+        expected = [sequence.tokens for sequence in answered(engine, asked)]
+    with running(gpus, moved(wild, gpus)) as engine:
+        assert [sequence.tokens for sequence in answered(engine, asked)] == expected
