@@ -94,7 +94,11 @@ def test_importing_starts_nothing():
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_modules_are_small(module: str):
+def test_modules_and_functions_are_small(module: str):
     path = ROOT / Path(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 250
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    lines = {each.name: (each.end_lineno or 0) - each.lineno + 1 for each in functions}
+    assert not {name: count for name, count in lines.items() if count > 40}

@@ -70,11 +70,8 @@ class Sampler:
             processors.append(RepetitionPenaltyLogitsProcessor(penalty))
         processors += asked_for(PENALTIES, defaults, prompt)
         if params.presence_penalty or params.frequency_penalty:
-            processors.append(
-                PresenceFrequencyPenalty(
-                    params.presence_penalty, params.frequency_penalty, len(prompt)
-                )
-            )
+            penalties = params.presence_penalty, params.frequency_penalty
+            processors.append(PresenceFrequencyPenalty(*penalties, len(prompt)))
         temperature = float(chosen("temperature", 1.0))
         # Who names a temperature wants to sample; else the checkpoint decides.
         samples = params.temperature is not None or bool(defaults.do_sample)

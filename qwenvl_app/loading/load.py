@@ -36,14 +36,13 @@ def load(
     """
     say("looking for the checkpoint")
     checkpoint = find(source, say=say) if isinstance(source, str) else source
-    directory = checkpoint.directory
-    log.info("loading the model from %s", directory)
+    log.info("loading the model from %s", checkpoint.directory)
     config = _config(checkpoint, device)
-    defaults = generation_defaults.load(directory, config)
+    defaults = generation_defaults.load(checkpoint.directory, config)
     auto: Any = AutoModelForImageTextToText  # transformers' annotations don't know the report
     with progress.told(say), _quantisation_told(checkpoint.quantised):
         model, report = auto.from_pretrained(
-            directory,
+            checkpoint.directory,
             config=config,
             dtype=dtype,
             device_map=device,
@@ -57,9 +56,7 @@ def load(
     _check_weights(report)
     _tell_offload(getattr(model, "hf_device_map", {}))
     model.generation_config = defaults
-    loaded = LoadedModel(model.eval(), *processing.load(checkpoint, model.config))
-    _ = loaded.grammars  # it holds up all threads for a second: not when requests run
-    return loaded
+    return LoadedModel(model.eval(), *processing.load(checkpoint, model.config))
 
 
 @contextmanager
