@@ -31,8 +31,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     Raises SettingsError. ``app.extensions["qwenvl"]`` holds the backend, the admission, the
     disconnects, the function ``status``, and two that may be called any number of times, on any
     thread: ``drain`` refuses all who have no permit from then on, ``close`` ends every thread.
-    ``refused`` counts a request that the worker answered itself, ``has_key`` judges a header
-    ``Authorization``.
+    ``refused`` counts what the worker answered itself, ``has_key`` judges ``Authorization``.
     """
     settings = settings or current()
     backend = backend or build(settings)
@@ -49,12 +48,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
 
     has_key = auth.judge(settings.api_keys)
     metrics = Metrics(admission, status, backend.stats)
-    app = Flask(__name__, static_folder=None)
-    app.url_map.merge_slashes = False  # or //path is a redirect in HTML to wherever Host says
-    app.json = ContractJSON(app)
-    app.config["MAX_CONTENT_LENGTH"] = settings.max_upload_mb * 2**20
-    app.config["MAX_FORM_PARTS"] = settings.max_parts
-    app.config["MAX_FORM_MEMORY_SIZE"] = settings.max_field_kb * 2**10
+    app = _flask(settings)
     app.extensions["qwenvl"] = {
         "backend": backend,
         "admission": admission,
@@ -65,16 +59,32 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         "refused": metrics.refuse,
         "has_key": has_key,
     }
-    if hops := settings.trusted_hops:
-        app.wsgi_app = proxies.trust(app.wsgi_app, hops)  # type: ignore[method-assign]
-    request_log.register(app, metrics)
-    request_id.register(app)
-    errors.register(app)
-    cors.register(app, settings.cors_origins)  # before the keys: a preflight can't carry one
-    auth.register(app, has_key)
+    _for_every_route(app, settings, metrics, has_key)
     service = Service(settings, backend, admission, disconnects, status)
     app.register_blueprint(recognize.blueprint(service))
     app.register_blueprint(chat.blueprint(service))
     app.register_blueprint(chat.models(settings))
     app.register_blueprint(ops.blueprint(status, metrics))
     return app
+
+
+def _flask(settings: Settings) -> Flask:
+    """Flask with its own limits, for servers that have none, and the recorded form of JSON."""
+    app = Flask(__name__, static_folder=None)
+    app.url_map.merge_slashes = False  # or //path is a redirect in HTML to wherever Host says
+    app.json = ContractJSON(app)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_upload_mb * 2**20
+    app.config["MAX_FORM_PARTS"] = settings.max_parts
+    app.config["MAX_FORM_MEMORY_SIZE"] = settings.max_field_kb * 2**10
+    if hops := settings.trusted_hops:
+        app.wsgi_app = proxies.trust(app.wsgi_app, hops)  # type: ignore[method-assign]
+    return app
+
+
+def _for_every_route(app: Flask, settings: Settings, metrics: Metrics, has_key: auth.Judge) -> None:
+    """Records, ids, errors, CORS and keys, in the order in which they see a request."""
+    request_log.register(app, metrics)
+    request_id.register(app)
+    errors.register(app)
+    cors.register(app, settings.cors_origins)  # before the keys: a preflight can't carry one
+    auth.register(app, has_key)

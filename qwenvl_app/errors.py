@@ -34,6 +34,24 @@ class BadRequest(ServiceError):
     reason = "bad_request"
 
 
+class BadSchema(BadRequest):
+    """A JSON schema that answers can't be held to. ``english`` is ``detail`` for who reads that.
+
+    ``problem`` is in English, and ``keyword`` the one that it is about, if it is about one.
+    """
+
+    def __init__(self, problem: str, *, keyword: str | None = None):
+        which = f" “{keyword}”" if keyword else ""
+        super().__init__(f"JSON Schema{which} 不受支持：{problem}。")
+        named = f" (keyword: {keyword})" if keyword else ""
+        self.keyword, self.english = keyword, f"The JSON schema is not supported{named}: {problem}."
+
+    @classmethod
+    def too_complex(cls) -> BadSchema:
+        """What a schema gets that would take too much time or memory."""
+        return cls("too complex")
+
+
 class Unauthorized(ServiceError):
     """An API key is asked for, and none that is known came with the request."""
 

@@ -29,6 +29,11 @@ class Status:
     message: str = ""
     since: float = field(default_factory=time.monotonic)
 
+    @classmethod
+    def draining(cls) -> Status:
+        """From now on."""
+        return cls(Phase.DRAINING, "the service is stopping")
+
     @property
     def age(self) -> float:
         """Seconds since the phase began."""

@@ -216,7 +216,7 @@ def test_bytes_stay_within_the_budget_whatever_comes(monkeypatch, kind, prefix, 
         while len(sequences) < 30:
             if rng.random() < 0.25:
                 patches = rng.choice((4, 40, 400, rng.randint(4, 400), rng.randint(4, tokens // 3)))
-                room = it.engine._scheduler.room(patches)
+                room = it.engine._scheduler.longest(patches)
                 prompt = patches // 4 + rng.randint(1, 300)
                 limit = min(rng.choice((1, 5, 40, 150)), room - prompt)
                 if limit > 0:

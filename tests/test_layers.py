@@ -22,7 +22,7 @@ LAYERS = [
     (4, ("qwenvl_app.backends",)),
     (3, ("qwenvl_app.loading", "qwenvl_app.service")),
     (2, ("qwenvl_app.engine",)),
-    (1, ("qwenvl_app.images", "qwenvl_app.prompts")),
+    (1, ("qwenvl_app.images", "qwenvl_app.prompts", "qwenvl_app.chat_encoder")),
     (
         0,
         (
@@ -97,4 +97,5 @@ def test_importing_starts_nothing():
 def test_modules_are_small(module: str):
     path = ROOT / Path(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    most = 250 if module.startswith("qwenvl_app.engine") else 300
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= most

@@ -277,7 +277,7 @@ def test_a_compiled_step_shares_with_nobody():
 
 
 def test_recurrent_layers_keep_a_state_for_every_slot():
-    """The engine takes it from the KV cache's budget (``Layout.room``)."""
+    """The engine takes it from the KV cache's budget (``Layout.tokens_in``)."""
     recurrent = dataclasses.replace(M8, state=50 * MIB)
     made = make(recurrent, 23.4)
     assert made.kv_cache == made.tokens * M8.kv_token + 4 * 50 * MIB

@@ -38,8 +38,8 @@ def test_memory_is_that_of_tokens_and_rows():
     assert cache.bytes == 0
     cache.fit(3, 5)
     assert cache.bytes == LAYOUT.bytes(3 * BLOCK, 3) == 3 * (BLOCK * 48 + A_ROW)
-    assert LAYOUT.room(2 * A_ROW + 480, 2) == 10
-    assert LAYOUT.room(A_ROW, 2) == 0
+    assert LAYOUT.tokens_in(2 * A_ROW + 480, 2) == 10
+    assert LAYOUT.tokens_in(A_ROW, 2) == 0
     cache.fit(0, 0)  # the tokens are too few to be worth it, but states are large
     assert cache.bytes == 3 * BLOCK * 48
 

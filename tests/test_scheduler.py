@@ -211,8 +211,8 @@ def sharing(budget: int = 100, patches: int = 8) -> Scheduler[Job]:
 def test_who_is_alone_needs_the_tower_first_and_then_its_tokens():
     """On a 24 GB card both of the largest request, at once, did not fit; but they never are."""
     s = sharing()
-    assert s.room(40) == 100 - 20  # what the tower made of it is kept until it is prefilled
-    assert s.room(41) == 0  # too large for the tower
+    assert s.longest(40) == 100 - 20  # what the tower made of it is kept until it is prefilled
+    assert s.longest(41) == 0  # too large for the tower
     large = Job(prompt_length=70, limit=10, patches=40)
     small = Job(prompt_length=2, limit=2, patches=1, seen=True)
     s.waiting.extend([large, small])
@@ -240,16 +240,16 @@ def test_a_picture_waits_for_the_memory_that_the_tower_needs():
 def test_the_cache_may_hold_what_the_pictures_leave():
     """It held on to what it had once needed, and the tower came beside that."""
     s = sharing(budget=200)
-    assert s.cache_room() == 200
+    assert s.cache_limit() == 200
     old = [Job(prompt_length=20, limit=10, patches=10, seen=True, computed=20) for _ in range(2)]
     s.waiting.extend([*old, Job(prompt_length=20, limit=10, patches=30)])
     s.admit()
     new = s.rows[2]
-    assert s.cache_room() == 200 - 60 - 15  # the tower, and what it makes
+    assert s.cache_limit() == 200 - 60 - 15  # the tower, and what it makes
     new.seen = True
-    assert s.cache_room() == 200 - 15
+    assert s.cache_limit() == 200 - 15
     new.computed = 20
-    assert s.cache_room() == 200
+    assert s.cache_limit() == 200
 
 
 def test_who_is_alone_may_have_no_tokens_while_its_picture_is_in_the_tower():
@@ -257,9 +257,9 @@ def test_who_is_alone_may_have_no_tokens_while_its_picture_is_in_the_tower():
     job = Job(prompt_length=70, limit=10, patches=40)
     s.waiting.append(job)
     s.admit()
-    assert s.cache_room() == 0
+    assert s.cache_limit() == 0
     job.seen = True
-    assert s.cache_room() == job.reserved
+    assert s.cache_limit() == job.reserved
 
 
 def test_tower_and_tokens_together_stay_within_the_budget():
@@ -269,7 +269,7 @@ def test_tower_and_tokens_together_stay_within_the_budget():
         if left and rng.random() < 0.4:
             left -= 1
             job = Job(rng.randint(1, 60), rng.randint(1, 30), patches=rng.choice((1, 4, 16, 60)))
-            assert job.reserved <= s.room(job.patches)
+            assert job.reserved <= s.longest(job.patches)
             s.waiting.append(job)
         s.admit()
         step = carry_out(s)
@@ -280,6 +280,6 @@ def test_tower_and_tokens_together_stay_within_the_budget():
             row.patches / 2 for row in s.rows if row.seen and row.computed < row.prompt_length
         )
         assert rectangle + tower + features <= 300
-        assert len(s.rows) * max((row.computed for row in s.rows), default=0) <= s.cache_room()
+        assert len(s.rows) * max((row.computed for row in s.rows), default=0) <= s.cache_limit()
         for row in [row for row in s.rows if row.computed >= row.reserved]:
             s.remove(row)

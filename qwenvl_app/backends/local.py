@@ -64,7 +64,7 @@ class LocalBackend:
     def close(self) -> None:
         """See ``backends.Backend``. A load ends where it next says how far it is."""
         with self._lock:
-            self._status = Status(Phase.DRAINING, "the service is stopping")
+            self._status = Status.draining()
             engine, self._engine = self._engine, None
         self._closed.set()
         if engine:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 
 import torch
 
 from qwenvl_app.engine.executor import FAILED, Executor, Outcome
+from qwenvl_app.engine.inbox import Inbox
 from qwenvl_app.engine.intake import Intake
 from qwenvl_app.engine.memory import gpu_memory
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.prefix_cache import PrefixCache
 from qwenvl_app.engine.runner import Runner
-from qwenvl_app.engine.sampling import repeats_itself
 from qwenvl_app.engine.scheduler import Scheduler, Step
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.errors import (
@@ -32,7 +31,6 @@ from qwenvl_app.generation import BackendStats, FinishReason, GenerationRequest,
 log = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3  # without one good answer between them: it is not the requests that are at fault
-_CHECK_REPETITION = 16  # tokens between two looks
 _LEAST_TOKENS = 128  # of KV cache, to be of any use
 _PATIENCE_S = 10.0  # for the last step, when closing
 
@@ -60,7 +58,7 @@ class Engine:
         self._options = options
         self._runner = Runner(loaded.model, compiled=options.compiled)
         token = self._runner.layout.token_bytes
-        self._budget = self._runner.layout.room(options.kv_cache_bytes, options.slots)
+        self._budget = self._runner.layout.tokens_in(options.kv_cache_bytes, options.slots)
         if self._budget < _LEAST_TOKENS:
             raise ModelLoadError(
                 f"the KV cache has room for {self._budget} tokens only: free memory, or set "
@@ -76,13 +74,11 @@ class Engine:
         )
         whole = bool(self._runner.layout.states)
         self.prefixes = PrefixCache(options.prefix_cache_bytes, whole=whole)
-        room = self._scheduler.cache_room
-        self._executor = Executor(self._runner, self.prefixes, self._budget, room)
+        limit = self._scheduler.cache_limit
+        self._executor = Executor(self._runner, self.prefixes, self._budget, limit)
         most = options.max_new_tokens
         self._intake = Intake(loaded, self._runner, self._scheduler, self.prefixes, most)
-        self._inbox: deque[Sequence] = deque()
-        self._wake = threading.Condition()
-        self._closed = False
+        self._inbox = Inbox()
         self._failures = 0
         self.failure: Status | None = None  # once nothing works any more
         self.steps = 0
@@ -132,17 +128,7 @@ class Engine:
         """
         arrived = time.monotonic()
         sequence = self._intake(request, arrived)
-        with self._wake:
-            if self.failure:
-                raise InternalError(FAILED)
-            if self._closed:
-                raise Unavailable.stopping()
-            # During a long step those who come and leave would pile up, pictures and all.
-            for left in [each for each in self._inbox if each.cancelled]:
-                self._inbox.remove(left)
-                left.finish(FinishReason.CANCELLED)
-            self._inbox.append(sequence)
-            self._wake.notify()
+        self._inbox.put(sequence)
         return sequence
 
     def close(self) -> None:
@@ -150,9 +136,7 @@ class Engine:
 
         A step that does not end is waited for, but not for ever.
         """
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
+        self._inbox.close(Unavailable.stopping())
         self._thread.join(_PATIENCE_S)
         if self._thread.is_alive():
             log.error("the engine's thread is stuck in a step and is left behind")
@@ -168,30 +152,18 @@ class Engine:
             log.exception("the engine's thread ends")
             self._give_up(f"the engine's thread ended ({type(error).__name__})")
         finally:
-            with self._wake:  # nothing is put into the inbox after this
-                self._closed = True
-                self._take_in()
+            refusal = InternalError(FAILED) if self.failure else Unavailable.stopping()
+            self._inbox.close(refusal)
+            self._scheduler.waiting.extend(self._inbox.take(wait=False))
             for sequence in [*self._scheduler.waiting, *self._scheduler.rows]:
                 self._scheduler.remove(sequence)
-                sequence.finish(InternalError(FAILED) if self.failure else Unavailable.stopping())
+                sequence.finish(refusal)
 
     def _wait(self) -> bool:
         """Wait for something to do; False when there will be nothing any more."""
-        with self._wake:
-            while not (
-                self._closed
-                or self.failure
-                or self._inbox
-                or self._scheduler.rows
-                or self._scheduler.waiting
-            ):
-                self._wake.wait()
-            self._take_in()
-            return not (self._closed or self.failure)
-
-    def _take_in(self) -> None:
-        self._scheduler.waiting.extend(self._inbox)
-        self._inbox.clear()
+        idle = not (self._scheduler.rows or self._scheduler.waiting or self.failure)
+        self._scheduler.waiting.extend(self._inbox.take(wait=idle))
+        return not (self._inbox.closed or self.failure)
 
     def step(self) -> None:
         """One step: schedule, prefill, decode also those whose prompt has just ended."""
@@ -216,20 +188,9 @@ class Engine:
                 self._end(sequence, DeadlineExceeded())
         for sequence in self._scheduler.admit():
             sequence.start()
-            self._look_again(sequence)
+            self._intake.look_again(sequence)
         self._executor.restore_prefixes(self._scheduler.rows)
         return self._scheduler.next_step()
-
-    def _look_again(self, sequence: Sequence) -> None:
-        """While it waited, what it goes on from may have been computed for somebody else."""
-        if sequence.prefix_key is None:
-            return
-        found = self.prefixes.peek(sequence.inputs.text())
-        if found and (sequence.prefix is None or found.length > sequence.prefix.length):
-            sequence.prefix = found
-            for image in sequence.inputs.images:
-                if image.tokens.stop <= found.length:
-                    image.pixels = None
 
     def _post_process(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -248,15 +209,7 @@ class Engine:
         if isinstance(outcome.token, ServiceError):
             return outcome.token
         sequence.append(outcome.token, outcome.score)
-        tokens, params = sequence.tokens, sequence.params
-        if tokens[-1] in self._intake.ends and not params.ignore_eos:
-            return FinishReason.STOP
-        if len(tokens) >= sequence.limit:
-            return FinishReason.LENGTH
-        due = params.repetition_limit and len(tokens) % _CHECK_REPETITION == 0
-        if due and repeats_itself(tokens, params.repetition_limit):
-            return FinishReason.REPETITION
-        return None
+        return sequence.reason_to_end(self._intake.ends)
 
     def _end(self, sequence: Sequence, how: FinishReason | ServiceError) -> None:
         if isinstance(how, FinishReason):  # before whoever goes on from it can ask

@@ -35,13 +35,15 @@ class Executor:
     """Carries out steps; decides nothing. Used by the engine's thread alone.
 
     ``rows`` is always the scheduler's list: row ``i`` of the cache belongs to ``rows[i]``.
-    ``budget`` is the scheduler's, in tokens, and ``room`` how many of them are the cache's now.
+    ``budget`` is the scheduler's, in tokens, and ``limit`` how many of them are the cache's now.
     """
 
-    def __init__(self, runner: Runner, prefixes: PrefixCache, budget: int, room: Callable[[], int]):
+    def __init__(
+        self, runner: Runner, prefixes: PrefixCache, budget: int, limit: Callable[[], int]
+    ):
         self.runner, self.prefixes = runner, prefixes
         self.cache = runner.new_cache(budget)
-        self._room = room
+        self._limit = limit
         self._pass: VisionPass | None = None
         self._images: list[Span] = []  # that are in it
 
@@ -123,7 +125,7 @@ class Executor:
     def _fit(self, ends: list[int]) -> None:
         """Room for rows that end there, within what the scheduler leaves for it."""
         rows = max((row for row, end in enumerate(ends, 1) if end), default=0)
-        length, most = max(ends, default=0), self._room()
+        length, most = max(ends, default=0), self._limit()
         try:
             self.cache.fit(rows, length, most)
         except Exception as error:
@@ -195,7 +197,10 @@ class Executor:
         found = [None] * len(tokens) if logprobs is None else scores(logprobs, wanted, tokens)
         outcomes: list[Outcome] = []
         for (sequence, is_ready), token, score in zip(each, tokens, found, strict=True):
-            if isinstance(token, Exception):
+            if isinstance(token, ServiceError):
+                self.cache.clear(rows.index(sequence))
+                outcomes.append(Outcome(sequence, token))
+            elif isinstance(token, Exception):
                 raised = token if token.__traceback__ else None
                 log.error("%s (request %s)", token, sequence.request_id, exc_info=raised)
                 self.cache.clear(rows.index(sequence))

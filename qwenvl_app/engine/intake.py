@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from qwenvl_app.engine.detokenizer import Detokenizer, reasoning_after
+from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.inputs import Inputs, prepare
 from qwenvl_app.engine.logprobs import TokenTexts
 from qwenvl_app.engine.model import LoadedModel
@@ -19,7 +19,7 @@ from qwenvl_app.generation import GenerationRequest
 
 
 class Intake:
-    """Makes a ``Sequence`` of a request. May be called on any thread."""
+    """Makes a ``Sequence`` of a request, on any thread. ``ends``: tokens that end an answer."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Intake:
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
 
     def __call__(self, request: GenerationRequest, arrived: float) -> Sequence:
-        """Raises TooLarge for one that could never fit, before any work."""
+        """Raises TooLarge for one that could never fit, before any work, and BadSchema."""
         loaded, sampling = self._loaded, request.sampling
         inputs = prepare(loaded, request)
         free = self._free(inputs)
@@ -49,16 +49,31 @@ class Intake:
                 span.pixels = patcher.patches(image)
         most = self._most
         limit = min(sampling.max_new_tokens or most, most, free)
-        sampler = Sampler(sampling, loaded.model.generation_config, inputs.ids, self._runner.device)
-        reasoning = reasoning_after(loaded.prompts.reasoning, inputs.ids)
-        detokenizer = Detokenizer(loaded.tokenizer, reasoning)
+        matcher = loaded.grammars.matcher(request.constraint, inputs.reasoning)
+        defaults = loaded.model.generation_config
+        sampler = Sampler(sampling, defaults, inputs.ids, self._runner.device, matcher)
+        detokenizer = Detokenizer(loaded.tokenizer, inputs.reasoning)
         renderer = Renderer(detokenizer, sampling.stop, self._texts, self.ends)
         return Sequence(request, inputs, sampler, limit, renderer, arrived, prefix)
+
+    def look_again(self, sequence: Sequence) -> None:
+        """While it waited, what it goes on from may have been computed for somebody else.
+
+        For the engine's thread, before anything is computed for ``sequence``.
+        """
+        if sequence.prefix_key is None:
+            return
+        found = self._prefixes.peek(sequence.inputs.text())
+        if found and (sequence.prefix is None or found.length > sequence.prefix.length):
+            sequence.prefix = found
+            for image in sequence.inputs.images:
+                if image.tokens.stop <= found.length:
+                    image.pixels = None
 
     def _free(self, inputs: Inputs) -> int:
         """The most tokens that an answer may have: at least one. Raises TooLarge."""
         patches = sum(image.patches for image in inputs.images)
-        longest = min(self._runner.max_length, self._scheduler.room(patches))
+        longest = min(self._runner.max_length, self._scheduler.longest(patches))
         if (free := longest - len(inputs.ids)) < 1:
             raise TooLarge(
                 f"图片和提示词共 {len(inputs.ids)} 个 token，超过 {max(0, longest - 1)} 个的限制。"

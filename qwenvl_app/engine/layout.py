@@ -49,7 +49,7 @@ class Layout:
         """What so many tokens in so many rows take."""
         return tokens * self.token_bytes + rows * sum(state.bytes for state in self.states)
 
-    def room(self, memory: int, rows: int) -> int:
+    def tokens_in(self, memory: int, rows: int) -> int:
         """How many tokens so many rows may have in ``memory``, in bytes."""
         return max(0, memory - self.bytes(0, rows)) // self.token_bytes
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qwenvl_app.engine.grammar import Grammars
 from qwenvl_app.engine.pixels import Patcher
 from qwenvl_app.prompts import PromptBuilder
 
@@ -25,3 +26,10 @@ class LoadedModel:
     def patcher(self) -> Patcher:
         """Of ``image_processor``. Raises ModelLoadError."""
         return Patcher(self.image_processor)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Of its vocabulary."""
+        ends = self.model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return Grammars(self.tokenizer, self.model.config.get_text_config().vocab_size, ends)

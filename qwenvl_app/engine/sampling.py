@@ -15,7 +15,9 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from qwenvl_app.engine.drawing import NO_TOKEN, SORTED, TOO_NARROW, Rng, Rules, View, draw
+from qwenvl_app.engine.grammar import Matcher, ruled_out
 from qwenvl_app.engine.processors import FIRST, LAST, PENALTIES, WARPERS, asked_for, warpers
+from qwenvl_app.errors import ServiceError
 from qwenvl_app.generation import SamplingParams
 
 # What ``generate`` takes where neither the caller nor the checkpoint says anything
@@ -44,6 +46,7 @@ class Sampler:
     """How the tokens of one sequence are picked. Used by the engine's thread alone, once made.
 
     ``defaults`` decides what ``params`` leaves open. ``rng``: None if the likeliest is taken.
+    ``matcher`` rules tokens out before anything else is done; None admits all.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Sampler:
         defaults: GenerationConfig,
         prompt: list[int],
         device: torch.device,
+        matcher: Matcher | None = None,
     ):
         def chosen(name: str, fallback: Any) -> Any:
             for source in (params, defaults):
@@ -83,6 +87,7 @@ class Sampler:
                 rules = Rules(1.0, 0, 1.0, 0.0)
             self.rng = Rng(rules, params.seed, device)
         processors += asked_for(LAST, defaults, prompt)
+        self.matcher = matcher
         self.processors: Any = LogitsProcessorList(processors)
         # On the CPU for now: this is a request's thread, and copying to a GPU is for the engine's.
         self._ids = torch.tensor([prompt]) if processors else None
@@ -97,6 +102,8 @@ class Sampler:
 
     def append(self, token: int) -> None:
         """The sequence has one more token."""
+        if self.matcher is not None:
+            self.matcher.append(token)
         if self._ids is not None:
             self._ids = torch.cat([self._ids, self._ids.new_full((1, 1), token)], dim=1)
 
@@ -113,6 +120,7 @@ def next_tokens(samplers: Many[Sampler | None], logits: torch.Tensor) -> list[in
     finite = (scores.amax(-1) < math.inf) & (scores.amin(-1) > -math.inf)
     rows = [scores[number : number + 1] for number in range(len(scores))]
     tokens: list[int | Exception] = [0] * len(rows)
+    _constrain(samplers, rows, tokens)
     groups = _process(samplers, rows, tokens)
     picked = [_pick(samplers, rows, members, view) for view, members in groups.items()]
     looked = torch.cat([finite.long(), *picked]).tolist()
@@ -133,6 +141,27 @@ def next_tokens(samplers: Many[Sampler | None], logits: torch.Tensor) -> list[in
     return tokens
 
 
+def _constrain(
+    samplers: Many[Sampler | None], rows: list[torch.Tensor], tokens: list[int | Exception]
+) -> None:
+    """Rule out in ``rows`` what matchers do not allow, or put why they can't into ``tokens``.
+
+    Matchers work on the CPU, while a GPU still computes the logits; one copy goes there.
+    """
+    allowed: dict[int, bytes] = {}
+    for number, sampler in enumerate(samplers):
+        if sampler is not None and sampler.matcher is not None:
+            try:
+                allowed[number] = sampler.matcher.allowed()
+            except ServiceError as error:
+                tokens[number] = error
+    if not allowed:
+        return
+    masks = ruled_out(list(allowed.values()), rows[0].shape[-1]).to(rows[0].device)
+    for place, number in enumerate(allowed):
+        rows[number] = torch.where(masks[place : place + 1], -math.inf, rows[number])
+
+
 def _process(
     samplers: Many[Sampler | None], rows: list[torch.Tensor], tokens: list[int | Exception]
 ) -> dict[View | None, list[int]]:
@@ -142,7 +171,7 @@ def _process(
     """
     groups: dict[View | None, list[int]] = {}
     for number, sampler in enumerate(samplers):
-        if sampler is None:
+        if sampler is None or isinstance(tokens[number], Exception):
             continue
         try:
             rows[number] = sampler.process(rows[number])

@@ -70,7 +70,7 @@ class Scheduler(Generic[J]):
 
     ``budget`` is in tokens of KV cache: its rectangle of rows times the longest row is held under
     it, counting what each sequence may still grow to, so that nothing that runs ever has to stop
-    for want of memory. The cache keeps to ``cache_room``. ``chunk`` bounds the prompt tokens of one
+    for want of memory; the cache keeps to ``cache_limit``. ``chunk`` bounds the prompt tokens of a
     step, and so how long the others wait for their next token; ``patches`` does the same for whole
     passes of the vision tower, whose ``depth`` layers are spread over several steps for a picture
     that has more. ``cost`` is what a patch takes of the budget, in tokens: while it is in the
@@ -141,12 +141,12 @@ class Scheduler(Generic[J]):
         self.rows[hole] = moved
         return last, hole
 
-    def room(self, patches: int) -> int:
+    def longest(self, patches: int) -> int:
         """Tokens that a job with such a picture may have, with nobody beside it; 0: none."""
         tower, features = (math.ceil(patches * cost) for cost in self._cost)
         return self.budget - features if tower + features <= self.budget else 0
 
-    def cache_room(self) -> int:
+    def cache_limit(self) -> int:
         """Tokens that the KV cache may hold now: what the pictures of the rows leave of the budget.
 
         At least what the rows that run may grow to. But who is alone has none while its picture is

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,9 +13,11 @@ from qwenvl_app.engine.inputs import Inputs, Span
 from qwenvl_app.engine.logprobs import Score
 from qwenvl_app.engine.prefix_cache import Prefix
 from qwenvl_app.engine.rendering import Renderer
-from qwenvl_app.engine.sampling import Sampler
+from qwenvl_app.engine.sampling import Sampler, repeats_itself
 from qwenvl_app.errors import DeadlineExceeded, ServiceError
 from qwenvl_app.generation import Delta, FinishReason, GenerationRequest, Timings, Usage
+
+_CHECK_REPETITION = 16  # tokens between two looks
 
 
 class Tokens(NamedTuple):
@@ -133,6 +135,18 @@ class Sequence:
             self._scores.append(score)
         if self.eager:
             self._send()
+
+    def reason_to_end(self, ends: Set[int]) -> FinishReason | None:
+        """Why its latest token is the last one, if it is. ``ends``: those that say so."""
+        params = self.params
+        if self.tokens[-1] in ends and not params.ignore_eos:
+            return FinishReason.STOP
+        if len(self.tokens) >= self.limit:
+            return FinishReason.LENGTH
+        due = params.repetition_limit and len(self.tokens) % _CHECK_REPETITION == 0
+        if due and repeats_itself(self.tokens, params.repetition_limit):
+            return FinishReason.REPETITION
+        return None
 
     def finish(self, end: FinishReason | ServiceError) -> None:
         """The end, exactly once."""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -82,15 +82,10 @@ def estimate(
     text, vision = config.text_config, config.vision_config
     own = config.dtype or text.dtype or torch.float32
     kind: torch.dtype = own if dtype == "auto" else getattr(torch, dtype)
-    auto: Any = AutoModelForImageTextToText  # which is not annotated
+    size, auto = kind.itemsize, cast("Any", AutoModelForImageTextToText)  # it is not annotated
     with torch.device("meta"):
         layout = layout_of(auto.from_config(config, dtype=kind).model.language_model)
-    size = kind.itemsize
-    # One layer's keys and values for all heads; and its keys again, to grow.
-    attended = (2 * text.num_attention_heads + layout.heads) * layout.head_dim * size
-    # Hidden states, queries and the MLP's three products; of a mixture, those of its experts.
-    experts = getattr(text, "num_experts_per_tok", 0) * getattr(text, "moe_intermediate_size", 0)
-    inner = max(getattr(text, "intermediate_size", 0), experts)
+    heads = 2 * text.num_attention_heads + layout.heads  # of keys and values; of keys, to grow
     least, largest = pixel_limits(image_processor(checkpoint.directory))
     pixels = int(max(least, min(max_pixels, largest)))
     tokenizer = checkpoint.directory / "tokenizer.json"
@@ -100,14 +95,21 @@ def estimate(
         **_weights(checkpoint, size, packed=cpu and size == 4, expands_fp8=expands_fp8),
         tokenizer=_TOKENIZER * tokenizer.stat().st_size if tokenizer.is_file() else 0,
         kv_token=layout.token_bytes,
-        token=layout.token_bytes + attended,
+        token=layout.token_bytes + heads * layout.head_dim * size,
         state=layout.bytes(0, 1),
-        chunk_token=(3 * inner + 8 * text.hidden_size) * size,
+        chunk_token=_chunk_token(text, size),
         max_length=text.max_position_embeddings,
         pixels=pixels,
         **_picture(vision, pixels, text.hidden_size, size, cpu=cpu, eager=eager),
         eager=eager,
     )
+
+
+def _chunk_token(text: Any, size: int) -> int:
+    """Hidden states, queries and the MLP's three products; of a mixture, those of its experts."""
+    experts = getattr(text, "num_experts_per_tok", 0) * getattr(text, "moe_intermediate_size", 0)
+    inner = max(getattr(text, "intermediate_size", 0), experts)
+    return int((3 * inner + 8 * text.hidden_size) * size)
 
 
 def _picture(
@@ -121,7 +123,8 @@ def _picture(
     merged, taps = width * size // merge, getattr(vision, "deepstack_visual_indexes", None) or ()
     features = (1 + len(taps)) * merged
     patch = max((6 * size + 24) * vision.hidden_size + features - merged, features)
-    patch = max(patch, 44 * vision.hidden_size if cpu and size < 4 else 0)
+    if cpu and size < 4 and hasattr(vision, "num_position_embeddings"):
+        patch = max(patch, 44 * vision.hidden_size)
     square = vision.num_heads * (2 * size + 4) if eager else 0
     return {
         "patches": patches,

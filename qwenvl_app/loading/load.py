@@ -57,9 +57,9 @@ def load(
     _check_weights(report)
     _tell_offload(getattr(model, "hf_device_map", {}))
     model.generation_config = defaults
-    return LoadedModel(
-        model.eval(), *processing.load(directory, model.config, checkpoint.chat_template)
-    )
+    loaded = LoadedModel(model.eval(), *processing.load(checkpoint, model.config))
+    _ = loaded.grammars  # it holds up all threads for a second: not when requests run
+    return loaded
 
 
 @contextmanager

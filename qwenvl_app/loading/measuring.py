@@ -9,32 +9,20 @@ books there, and the process's own peak is blurred by what malloc keeps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
-from qwenvl_app.engine.inputs import Inputs, Span, prepare
+from qwenvl_app.engine.inputs import Inputs, prepare
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.runner import Runner
 from qwenvl_app.generation import GenerationRequest, SamplingParams, question
 from qwenvl_app.loading.footprint import Footprint
 
 T = TypeVar("T")
-
-
-@dataclass
-class _Job:
-    """As much of a ``Sequence`` as the runner looks at."""
-
-    inputs: Inputs
-    computed: int = 0
-
-    @property
-    def images(self) -> list[Span]:
-        """The one that it is about."""
-        return self.inputs.images
 
 
 def measure(
@@ -47,19 +35,21 @@ def measure(
     runner = Runner(loaded.model)
     layers = runner.layout.devices
     gpus = sorted({*layers, runner.device}, key=lambda gpu: gpu.index or 0)
-    job: Any = _largest(loaded, need, chunk)
-    [image], length = job.images, len(job.inputs.ids)
+    inputs = _largest(loaded, need, chunk)
+    [image], length = inputs.images, len(inputs.ids)
     chunk = min(chunk, length)
     with torch.inference_mode():
         tower, made = _peak(gpus, lambda: runner.begin_vision([image]).advance(0, runner.depth))
-        image.features, image.pixels = (made or [])[0], None
+        [image.features] = made or []
         parts = [image.features.embeds, *image.features.deepstack]
+        image.pixels = None
         features = sum(part.numel() * part.element_size() for part in parts)
         cache = runner.new_cache(0)
         cache.fit(1, length)
         last = [length - 1]
         attention, _ = _peak(gpus, lambda: runner.decode(cache, [0], last, last))
-        job.computed = length - chunk
+        # As much of a sequence as the runner looks at.
+        job: Any = SimpleNamespace(inputs=inputs, images=[image], computed=length - chunk)
         prefill, _ = _peak(gpus, lambda: runner.prefill(cache, [job], [0], [chunk]))
     return replace(
         need,
@@ -71,14 +61,14 @@ def measure(
     ), {gpu: layers.count(gpu) / len(layers) for gpu in gpus}
 
 
-def _largest(loaded: LoadedModel, need: Footprint, chunk: int) -> _Job:
+def _largest(loaded: LoadedModel, need: Footprint, chunk: int) -> Inputs:
     """The largest picture, and a prompt that fills a chunk after it."""
     side = max(1, int(need.pixels**0.5))
     picture = Image.new("RGB", (side, side))
     asked = GenerationRequest(question(picture, "0 " * chunk), "measuring", SamplingParams())
     inputs = prepare(loaded, asked)
     inputs.images[0].pixels = loaded.patcher.patches(picture)
-    return _Job(inputs)
+    return inputs
 
 
 def _peak(gpus: list[torch.device], call: Callable[[], T]) -> tuple[int, T]:

@@ -13,6 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from qwenvl_app.engine.pixels import Patcher, pixel_limits
 from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.loading.checkpoint import Checkpoint
 from qwenvl_app.loading.files import image_settings
 from qwenvl_app.prompts import IMAGE_PAD, PromptBuilder
 
@@ -21,13 +22,12 @@ log = logging.getLogger(__name__)
 _IMAGE_PROCESSORS = re.compile(r"Qwen\w*VLImageProcessor(Fast|Pil)?")
 
 
-def load(
-    directory: Path, config: Any, template: str
-) -> tuple[Any, PreTrainedTokenizerBase, PromptBuilder]:
-    """The image processor, the tokenizer and the prompts of ``directory``.
+def load(checkpoint: Checkpoint, config: Any) -> tuple[Any, PreTrainedTokenizerBase, PromptBuilder]:
+    """The image processor, the tokenizer and the prompts of ``checkpoint``.
 
     ``config`` is the model's. Raises ModelLoadError, also if they are not of one checkpoint.
     """
+    directory = checkpoint.directory
     processor = image_processor(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -40,7 +40,7 @@ def load(
     _check_tokenizer(tokenizer, config)
     _check_processor(Patcher(processor), config.vision_config)
     try:
-        prompts = PromptBuilder(tokenizer, template, processor.merge_size)
+        prompts = PromptBuilder(tokenizer, checkpoint.chat_template, processor.merge_size)
     except (ValueError, TemplateError):
         raise ModelLoadError(
             "the chat template does not place one image and behind it the user's text; take the "

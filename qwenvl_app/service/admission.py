@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qwenvl_app.errors import Unavailable
-from qwenvl_app.generation import Phase, Status
+from qwenvl_app.generation import Status
 from qwenvl_app.service.deadline import Deadline
 
 _GUESS_S = 5.0  # how long a permit is held, before any was
@@ -80,7 +80,7 @@ class Admission:
         Never blocks; any number of times.
         """
         with self._lock:
-            self._draining = self._draining or Status(Phase.DRAINING, "the service is stopping")
+            self._draining = self._draining or Status.draining()
             while self._queue:
                 self._queue.popleft().settled.set()
 

@@ -185,9 +185,11 @@ class _State(Collector):
         yield _gauge("kv_cache_budget_tokens", "For which there is room", stats.kv_budget_tokens)
         yield _gauge("kv_cache_bytes", "That the KV cache holds", stats.kv_bytes)
         yield _gauge("kv_cache_budget_bytes", "That it may hold", stats.kv_budget_bytes)
-        yield _counter("prefix_cache_queries", "Pictures looked up", stats.prefix_queries)
-        yield _counter("prefix_cache_hits", "Pictures that were known", stats.prefix_hits)
-        yield _gauge("prefix_cache_bytes", "That known pictures hold", stats.prefix_bytes)
+        yield _counter(
+            "prefix_cache_queries", "Prompts whose beginning was looked up", stats.prefix_queries
+        )
+        yield _counter("prefix_cache_hits", "Prompts whose beginning was known", stats.prefix_hits)
+        yield _gauge("prefix_cache_bytes", "That earlier prompts hold", stats.prefix_bytes)
         yield _gauge("prefix_cache_budget_bytes", "That they may hold", stats.prefix_budget_bytes)
         gpu = GaugeMetricFamily(
             PREFIX + "gpu_memory_bytes", "Of each GPU that holds the model.", labels=["gpu", "kind"]

@@ -17,11 +17,14 @@ from PIL import Image
 from qwenvl_app.engine.engine import Engine
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sequence import Sequence
-from qwenvl_app.generation import GenerationRequest
-from qwenvl_app.loading.checkpoint import FAMILIES
+from qwenvl_app.generation import Constraint, GenerationRequest
+from qwenvl_app.loading.checkpoint import FAMILIES, find
+from qwenvl_app.loading.footprint import estimate
 from qwenvl_app.loading.load import load
+from qwenvl_app.loading.measuring import measure
 from tests import families
 from tests.engines import OPTIONS, finish, generate, judge, random_request, request, spread
+from tests.engines import running as cpu_running
 from tests.gpu.pretend import GPU, Gpus, pretend
 from tests.waiting import until
 
@@ -113,7 +116,7 @@ def test_in_bfloat16_what_the_vision_tower_makes_fits_the_language_model(wild, g
         assert engine._executor.cache.layout.dtype is torch.bfloat16
 
 
-def test_layers_on_two_gpus(wild, gpus):
+def test_layers_on_two_gpus(wild, gpus, monkeypatch):
     """As accelerate lays them out: its hooks bring what a layer takes to the layer's device."""
     loaded = moved(wild, gpus)
 
@@ -133,6 +136,14 @@ def test_layers_on_two_gpus(wild, gpus):
         assert [d.index for d in engine._runner.layout.devices] == [0, 0, 1, 1]
         sequences = answered(engine, asked)
     judge([(s, generate(wild, each)) for s, each in zip(sequences, asked, strict=True)])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _gpu: gpus.allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _gpu: gpus.peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _gpu: gpus.restart())
+    with gpus.here():
+        need, shares = measure(loaded, estimate(find("demo"), "auto", 1e6, cpu=False), 50)
+    assert shares == {GPU: 0.5, SECOND: 0.5}  # of the KV cache, which plan.py divides so
+    assert list(shares) == [GPU, SECOND]
+    assert need.tower > need.features > 0
 
 
 def test_drawing_with_penalties_and_seeds(wild, gpus):
@@ -211,3 +222,17 @@ def test_what_a_gpu_refuses_is_refused(gpus):
         assert (there + torch.tensor(1.0)).tolist() == [2, 2, 2]  # a number of the host is taken
     with pytest.raises(RuntimeError, match="thread"):
         there + 1
+
+
+def test_answers_held_to_a_schema_are_those_of_the_cpu(wild, gpus):
+    """What is allowed is found out on the CPU, and goes to the device in one copy a step."""
+    schema = {"type": "array", "items": {"enum": ["红色", 7, None]}, "minItems": 3, "maxItems": 9}
+    bound = dataclasses.replace(
+        request(Image.new("RGB", (64, 64), "red"), max_new_tokens=80),
+        constraint=Constraint("json", schema),
+    )
+    asked = [bound, random_request(random.Random(2), max_new_tokens=12), bound]
+    with cpu_running(wild) as engine:
+        expected = [sequence.tokens for sequence in answered(engine, asked)]
+    with running(gpus, moved(wild, gpus)) as engine:
+        assert [sequence.tokens for sequence in answered(engine, asked)] == expected

@@ -1,0 +1,272 @@
+"""Which tokens may come next, where an answer has to be JSON of a schema or calls of tools.
+
+Grammars are llguidance's (https://github.com/guidance-ai/llguidance, docs/json_schema.md): it does
+a schema exactly or refuses it, and needs no table of the vocabulary for each. A schema is compiled
+on the thread of the request that brings it, under limits; what comes of it is kept, and each
+sequence has a copy of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from tokenizers import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from qwenvl_app.errors import BadSchema
+from qwenvl_app.prompts import Reasoning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qwenvl_app.generation import Constraint
+
+_KEPT = 32  # grammars; each holds some hundred KB
+_LARGEST = 32_768  # characters of all schemas of a request, as JSON
+_LONGEST = 4_096  # of a text in one: a step takes as long as the longest that is not yet written
+_DEEPEST = 64
+# Each bounds what a hostile schema may take of the engine's thread in one step, or of memory for
+# one sequence (1 to 2 KB a state); llguidance's own defaults are four to twelve times that.
+_LIMITS: dict[str, Any] = {
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 12_500,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
+_CHECK = Path(__file__).with_name("grammar_check.py")
+_PATIENCE_S = 10.0  # for the check, which has two seconds of CPU time: on a machine that is busy
+
+# As ``json.dumps`` writes it, with an indent or without. More would let a model write blanks for
+# ever, which is still JSON, and which models do whose next word is ruled out.
+_BLANK = r" |\n[ \t]{0,64}"
+_CALLS = ("<tool_call>", "</tool_call>")  # as Qwen's templates write them (Hermes)
+
+# What the library says of a schema, and the keyword that it is about where that is not named.
+_KEYWORDS = (
+    (re.compile(r"Unimplemented keys: \[(.*)\]"), None),
+    (re.compile(r"Expected .* for '(\w+)'"), None),
+    (re.compile(r"\b(\w+) must be an? "), None),
+    (re.compile(r"oneOf constraints"), "oneOf"),
+    (re.compile(r"Unknown format"), "format"),
+    (re.compile(r"patternProperty"), "patternProperties"),
+    (re.compile(r"regex"), "pattern"),
+    (re.compile(r"Invalid type"), "type"),
+    (re.compile(r"Resource|Pointer|Anchor|\$ref"), "$ref"),
+    (re.compile(r"float range|integer range"), "minimum"),
+)
+# Where in our grammar it is, which nobody asked about.
+_FRAME = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?|\n +\d+ \| .*", re.S)
+
+
+class Matcher:
+    """How far one sequence is in its grammar. Used by the engine's thread alone, once made.
+
+    ``until``: the token behind which the grammar begins; None if it begins at once. Up to there
+    only ``ends`` are ruled out.
+    """
+
+    def __init__(self, matcher: LLMatcher, ends: Collection[int], until: int | None, width: int):
+        self._matcher, self._until = matcher, until
+        bits = np.ones(-(-width // 32) * 32, dtype=np.uint8)
+        bits[list(ends)] = 0
+        self._before = np.packbits(bits, bitorder="little").tobytes()
+
+    def allowed(self) -> bytes:
+        """One bit for each token, the first being the lowest of the first byte.
+
+        A token that ends the answer is allowed where the answer is complete. Raises BadSchema if
+        the grammar turns out to be too complex.
+        """
+        if self._until is not None:
+            return self._before
+        allowed = self._matcher.compute_bitmask()
+        if self._matcher.is_error() or allowed.count(0) == len(allowed):
+            raise BadSchema.too_complex()
+        return allowed
+
+    def append(self, token: int) -> None:
+        """The sequence has one more token, which was allowed."""
+        if self._until is None:
+            self._matcher.consume_token(token)  # if it can't, ``allowed`` says so
+        elif token == self._until:
+            self._until = None
+
+
+def ruled_out(allowed: list[bytes], width: int) -> torch.Tensor:
+    """The tokens that are not ``allowed``, for some matchers: (matchers, ``width``), on the CPU."""
+    bits = np.frombuffer(b"".join(allowed), dtype=np.uint8).reshape(len(allowed), -1)
+    unpacked = np.unpackbits(~bits, axis=1, count=width, bitorder="little")
+    return torch.from_numpy(unpacked.view(np.bool_))
+
+
+class _Words:
+    """A byte-level tokenizer as llguidance takes one: each token's bytes, and text to tokens.
+
+    What means more than it says is ``special_token_ids``, and is no part of any text. Nor does a
+    text become such a token, as it would by the tokenizer itself: a schema may ask for "<|im_end|>"
+    in so many letters. And a text stays as it is, where the tokenizer may compose its letters.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Any, width: int, end: int):
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        self._plain = Tokenizer(backend.model)
+        if backend.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = backend.pre_tokenizer
+        spelling: Any = bytes_to_unicode
+        byte = {letter: number for number, letter in spelling().items()}
+        added = backend.get_added_tokens_decoder()
+        self.eos_token_id, self.tokens = end, [b""] * width
+        for word, number in backend.get_vocab().items():
+            spelled = number not in added
+            self.tokens[number] = bytes(map(byte.__getitem__, word)) if spelled else word.encode()
+        # Words that fine-tuning added are words.
+        control = [n for n, each in added.items() if each.special or not each.content.isalnum()]
+        self.special_token_ids = control
+
+    def __call__(self, text: str) -> list[int]:
+        """Of a text that a grammar leaves no choice about."""
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+
+class Grammars:
+    """Constraints to matchers, for one vocabulary. May be called on any thread.
+
+    ``width``: of the logits, which may have more entries than the vocabulary; those are ruled out.
+    ``ends``: the tokens that end an answer, as ``generation_config.json`` has them. For a large
+    vocabulary making one takes a second, in which no other thread gets to run.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, ends: int | list[int]):
+        self._tokenizer, self._width = tokenizer, width
+        self._ends = ends if isinstance(ends, list) else [ends]
+        words = _Words(tokenizer, width, self._ends[0])
+        self._vocabulary = LLTokenizer(TokenizerWrapper(words), eos_token=self._ends)
+        self._compiled = lru_cache(_KEPT)(self._compile)
+
+    def matcher(self, constraint: Constraint | None, reasoning: Reasoning | None) -> Matcher | None:
+        """For one sequence. Raises BadSchema, which names the keyword that can't be done.
+
+        The grammar begins behind the reasoning if the prompt has opened it, else at once.
+        """
+        if constraint is None:
+            return None
+        reasons = reasoning is not None and reasoning.begun
+        compiled = self._compiled(self._grammar(constraint, blank=reasons))
+        if isinstance(compiled, str):
+            raise _refusal(compiled)
+        until = reasoning.end if reasoning and reasons else None
+        return Matcher(compiled.deep_copy(), self._ends, until, self._width)
+
+    def _grammar(self, constraint: Constraint, *, blank: bool) -> str:
+        """In llguidance's Lark (docs/syntax.md); ``blank``: with lines that may be empty first."""
+        head = "BLANK: /\\n{1,2}/\nstart: BLANK? answer\n" if blank else "start: answer\n"
+        if constraint.kind == "json":
+            text = f"answer: %json {_checked(constraint.schema)}\n"
+        else:
+            text = self._calls(constraint.tools)
+        if len(text) > _LARGEST:
+            raise BadSchema(f"over {_LARGEST} characters")
+        return head + text
+
+    def _calls(self, tools: tuple[Mapping[str, Any], ...]) -> str:
+        begin, end = (self._mark(mark) for mark in _CALLS)
+        numbers = range(len(tools))
+        rules = [
+            'answer: call ("\\n" call)*',
+            f'call: {begin} "\\n" body "\\n" {end}',
+            "body: " + " | ".join(f"body{number}" for number in numbers),
+        ]
+        for number, tool in zip(numbers, tools, strict=True):
+            function = tool["function"]
+            name = json.dumps(function["name"], ensure_ascii=False)
+            opening = json.dumps(f'{{"name": {name}, "arguments": ', ensure_ascii=False)
+            schema = function.get("parameters") or {"additionalProperties": False}
+            rules.append(f'body{number}: {opening} arguments{number} "}}"')
+            # Each at the root of a schema of its own, where its references begin.
+            rules.append(f"arguments{number}: %json {_checked({**schema, 'type': 'object'})}")
+        return "\n".join([*rules, ""])
+
+    def _mark(self, mark: str) -> str:
+        """One token if the vocabulary has it, else its letters."""
+        number = self._tokenizer.get_vocab().get(mark)
+        return json.dumps(mark) if number is None else f"<[{number}]>"
+
+    def _compile(self, grammar: str) -> LLMatcher | str:
+        """What is copied for each sequence, or what is wrong with ``grammar``."""
+        grammar = LLMatcher.grammar_from_lark(grammar)
+        if problem := _check(grammar):
+            return problem
+        limits = LLParserLimits(**_LIMITS)
+        compiled = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
+        if not compiled.is_error():
+            compiled.compute_bitmask()  # what it learns by that all copies know
+        return compiled.get_error() or compiled
+
+
+def _check(grammar: str) -> str:
+    """What is wrong with ``grammar``, found out under limits of time and memory."""
+    try:
+        done = subprocess.run(  # noqa: S603  # this interpreter and a file of this package
+            [sys.executable, "-I", str(_CHECK)],
+            input=json.dumps({"grammar": grammar, "limits": _LIMITS}),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=_PATIENCE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "too complex"
+    return "too complex" if done.returncode else done.stdout
+
+
+def _checked(schema: Mapping[str, Any]) -> str:
+    """``schema`` as JSON, within bounds, and without what would steer the library."""
+    for value, depth in _walk(schema):
+        if depth > _DEEPEST:
+            raise BadSchema(f"nested more than {_DEEPEST} deep")
+        if isinstance(value, str) and len(value) > _LONGEST:
+            raise BadSchema(f"a text of over {_LONGEST} characters")
+    try:
+        return json.dumps({**schema, "x-guidance": {"whitespace_pattern": _BLANK}}, allow_nan=False)
+    except ValueError:
+        raise BadSchema("a number that is not finite") from None
+
+
+def _walk(schema: Any) -> Iterator[tuple[Any, int]]:
+    """All values and names in ``schema`` and how deep they are; without recursion."""
+    todo: list[tuple[Any, int]] = [(schema, 0)]
+    while todo:
+        value, depth = todo.pop()
+        yield value, depth
+        if depth > _DEEPEST:
+            continue
+        if isinstance(value, Mapping):
+            todo += [(each, depth + 1) for pair in value.items() for each in pair]
+        elif isinstance(value, list | tuple):
+            todo += [(each, depth + 1) for each in value]
+
+
+def _refusal(problem: str) -> BadSchema:
+    """Of what the library says, which knows of nothing but the schema."""
+    if "too complex" in problem or "fuel" in problem or "too large" in problem:
+        return BadSchema.too_complex()
+    said = " ".join(_FRAME.sub("", problem).split())[:200].rstrip(" .")
+    for pattern, keyword in _KEYWORDS:
+        if found := pattern.search(problem):
+            named = keyword or found[1].replace('"', "")
+            return BadSchema(said, keyword=named)
+    return BadSchema(said)
