@@ -9,7 +9,18 @@ from qwenvl_app.generation import Status
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.metrics import Metrics
 from qwenvl_app.settings import Settings, current
-from qwenvl_app.web import auth, cors, errors, ops, proxies, recognize, request_id, request_log
+from qwenvl_app.web import (
+    auth,
+    chat,
+    cors,
+    errors,
+    ops,
+    proxies,
+    recognize,
+    request_id,
+    request_log,
+)
+from qwenvl_app.web.answering import Service
 from qwenvl_app.web.disconnects import Disconnects
 from qwenvl_app.web.responses import ContractJSON
 
@@ -49,7 +60,10 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         "has_key": has_key,
     }
     _for_every_route(app, settings, metrics, has_key)
-    app.register_blueprint(recognize.blueprint(settings, backend, admission, disconnects, status))
+    service = Service(settings, backend, admission, disconnects, status)
+    app.register_blueprint(recognize.blueprint(service))
+    app.register_blueprint(chat.blueprint(service))
+    app.register_blueprint(chat.models(settings))
     app.register_blueprint(ops.blueprint(status, metrics))
     return app
 

@@ -111,10 +111,12 @@ class Metrics:
             return
         if record.pixels is not None:
             self._observe("image_pixels", record.pixels)
-        if status < 400 and record.finish_reason is not FinishReason.CANCELLED:
+        cancelled = record.finish_reason is FinishReason.CANCELLED
+        if status < 400 and not record.reason and not cancelled:
             self._answered(record)
         else:
             reason = record.reason or FinishReason.CANCELLED
+            status = REASONS.get(reason, status)  # a stream that failed had begun with 200
             self._of_failure(status, begun=record.submitted is not None).labels(reason).inc()
 
     def refuse(self, status: int, reason: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
-from flask import Flask, Response, current_app, g
+from flask import Flask, Response, current_app, g, request
 from gunicorn.http import errors as http
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
@@ -44,6 +44,56 @@ class HttpError(ServiceError):
         self.status = status
 
 
+class InvalidParameter(ServiceError):
+    """A body in OpenAI's form is wrong. ``detail`` is English; ``param`` names the field."""
+
+    status = 400
+    reason = "bad_request"
+
+    def __init__(self, detail: str, param: str | None = None):
+        super().__init__(detail)
+        self.param = param
+
+
+# The routes whose errors are OpenAI's, and what those say in English, by reason.
+OPENAI_ROUTES = frozenset({"/v1/chat/completions", "/v1/models"})
+_ENGLISH = {
+    "bad_request": "The request cannot be understood.",
+    "unauthorized": "A valid API key is missing.",
+    "too_large": "The body, a picture, or the conversation is larger than the limit.",
+    "busy": "The service is busy; try again later.",
+    "queue_full": "The service is busy; try again later.",
+    "queue_timeout": "The service is busy; try again later.",
+    "loading": "The model is loading; try again later.",
+    "draining": "The service is stopping; try again later.",
+    "memory": "There is not enough memory; try again later or send a smaller picture.",
+    "client_gone": "The client closed its connection.",
+    "deadline": "The answer was not ready in time; try again later.",
+    "model_failed": "The model failed to load or has stopped working.",
+}
+
+
+def openai_error(error: ServiceError, request_id: str) -> dict[str, object]:
+    """The answer to ``error`` in OpenAI's shape (openai-openapi, ``ErrorResponse``)."""
+    english = isinstance(error.detail, str) and error.detail.isascii()
+    message = error.detail if english else _ENGLISH.get(error.reason, "Something failed in here.")
+    if error.status >= 500:
+        kind = "server_error"
+        message += f" (request {request_id})"
+    else:
+        kind = "authentication_error" if error.status == 401 else "invalid_request_error"
+    param = error.param if isinstance(error, InvalidParameter) else None
+    return {"error": {"message": message, "type": kind, "param": param, "code": error.reason}}
+
+
+def as_service_error(error: Exception, request_id: str) -> ServiceError:
+    """What a client is told about any error; one that nobody expected is logged."""
+    if isinstance(error, ServiceError):
+        return error
+    log.error("unexpected error (request %s)", request_id, exc_info=error)
+    return Unavailable.exhausted() if is_out_of_memory(error) else _ours()
+
+
 def render(error: ServiceError, request_id: str) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the answer to ``error``. Any thread, in or out of a request."""
     detail = error.detail
@@ -54,8 +104,13 @@ def render(error: ServiceError, request_id: str) -> tuple[int, dict[str, str], b
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    body = json.dumps({"detail": detail}, ensure_ascii=False, separators=(",", ":")).encode()
+    body = dumps({"detail": detail}).encode()
     return error.status, headers, body
+
+
+def dumps(content: dict[str, object]) -> str:
+    """JSON as the contract has it."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
 
 def too_large(max_body: int) -> ServiceError:
@@ -98,6 +153,8 @@ def register(app: Flask) -> None:
 def _service_error(error: ServiceError) -> Response:
     request_log.current().reason = error.reason
     status, headers, body = render(error, g.request_id)
+    if request.path in OPENAI_ROUTES:
+        body = dumps(openai_error(error, g.request_id)).encode()
     return Response(body, status, headers)
 
 
@@ -106,7 +163,10 @@ def _http_error(error: HTTPException) -> Response:
     if isinstance(error, RequestEntityTooLarge):
         return _service_error(too_large(current_app.config["MAX_CONTENT_LENGTH"]))
     request_log.current().reason = error.name.lower().replace(" ", "_")
-    body = json.dumps({"detail": error.name}, separators=(",", ":"))
+    content: dict[str, object] = {"detail": error.name}
+    if request.path in OPENAI_ROUTES:
+        content = openai_error(HttpError(error.code or 500, error.name), g.request_id)
+    body = dumps(content)
     response = Response(body, error.code or 500, mimetype="application/json")
     for name, value in error.get_headers():
         if name.lower() != "content-type":
@@ -120,7 +180,4 @@ def _broken_body(error: Exception) -> Response:
 
 
 def _unexpected(error: Exception) -> Response:
-    log.error("unexpected error (request %s)", g.request_id, exc_info=error)
-    if is_out_of_memory(error):
-        return _service_error(Unavailable.exhausted())
-    return _service_error(_ours())
+    return _service_error(as_service_error(error, g.request_id))

@@ -18,7 +18,7 @@ log = logging.getLogger("qwenvl_app.access")
 Fields = dict[str, str | int | float | None]
 _LONGEST_PATH = 200
 # Blueprints whose views ask the backend; the others' requests have no outcome but a status.
-GENERATING = frozenset({"recognize"})
+GENERATING = frozenset({"recognize", "chat"})
 UNMATCHED = "unmatched"
 
 

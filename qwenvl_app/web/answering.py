@@ -1,0 +1,80 @@
+"""What every route that generates does: a permit, the generation, and giving both back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from types import TracebackType
+from typing import NamedTuple
+
+from flask import g, request
+
+from qwenvl_app.backends import Backend, require_ready
+from qwenvl_app.generation import Delta, GenerationRequest, Status
+from qwenvl_app.service.admission import Admission
+from qwenvl_app.service.deadline import Deadline
+from qwenvl_app.service.record import RequestRecord
+from qwenvl_app.settings import Settings
+from qwenvl_app.web import request_log
+from qwenvl_app.web.disconnects import Disconnects
+
+
+class Service(NamedTuple):
+    """What routes that generate are bound to."""
+
+    settings: Settings
+    backend: Backend
+    admission: Admission
+    disconnects: Disconnects
+    status: Callable[[], Status]
+
+
+class Answering:
+    """One request from its arrival to the end of its answer, on the thread of the request.
+
+    ``held`` has all that must be given back. Closing it does so, any number of times: leave it as a
+    context, or hand its ``pop_all().close`` to ``response.call_on_close`` for a streamed answer.
+    """
+
+    def __init__(self, service: Service):
+        self.held = ExitStack()
+        self.record: RequestRecord = request_log.current()
+        self.request_id: str = g.request_id
+        self.deadline = Deadline(self.record.arrived + service.settings.request_timeout_s)
+        self._service = service
+
+    def __enter__(self) -> Answering:
+        """Watch the client."""
+        connection = request.environ.get("gunicorn.socket")
+        self.held.enter_context(self._service.disconnects.watch(connection, self.deadline))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give back what is still held; what failed is not measured by the admission."""
+        self.held.__exit__(kind, error, trace)
+
+    def admit(self) -> None:
+        """Take a permit. Raises ServiceError."""
+        require_ready(self._service.status())
+        waited = self.held.enter_context(self._service.admission.admit(self.deadline))
+        self.record.stages["queue"] = waited
+
+    def generate(self, asked: GenerationRequest) -> Iterator[Delta]:
+        """Start generating. Raises ServiceError, while it is iterated too."""
+        self.deadline.check()
+        self.record.submit()
+        generation = self._service.backend.generate(asked)
+        self.held.callback(generation.cancel)
+        self.held.enter_context(self.deadline.on_leaving(generation.cancel))
+        return self._deltas(iter(generation))
+
+    def _deltas(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
+        for delta in deltas:
+            self.record.take(delta)
+            yield delta
+        self.deadline.check()

@@ -1,0 +1,203 @@
+"""``POST /v1/chat/completions`` and ``GET /v1/models``, as OpenAI's clients use them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flask import Blueprint, Response, jsonify, request
+from PIL.Image import Image
+
+from qwenvl_app.errors import TooLarge
+from qwenvl_app.generation import (
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    Message,
+    TokenLogprob,
+    Usage,
+)
+from qwenvl_app.settings import Settings
+from qwenvl_app.web import sse
+from qwenvl_app.web.answering import Answering, Service
+from qwenvl_app.web.chat_schema import ChatMessage, ChatRequest, TextPart
+from qwenvl_app.web.errors import as_service_error, dumps, openai_error
+from qwenvl_app.web.image_parts import load_image
+from qwenvl_app.web.json_body import read_json
+
+Json = dict[str, Any]
+
+
+def models(settings: Settings) -> Blueprint:
+    """The list of models, which is one."""
+    routes = Blueprint("models", __name__)
+    started = int(time.time())
+
+    @routes.get("/v1/models", provide_automatic_options=False)
+    def listed() -> Response:
+        """The one model."""
+        model = {
+            "id": _name(settings),
+            "object": "model",
+            "created": started,
+            "owned_by": "qwenvl",
+        }
+        return jsonify(object="list", data=[model])
+
+    return routes
+
+
+def blueprint(service: Service) -> Blueprint:
+    """The route, bound to what answers it."""
+    routes = Blueprint("chat", __name__)
+    settings = service.settings
+
+    @routes.post("/v1/chat/completions", provide_automatic_options=False)
+    def chat() -> Response:
+        """An answer in one piece, or as events."""
+        with Answering(service) as answering:
+            with answering.record.stage("read"):
+                asked = ChatRequest.parse(read_json(request), settings.max_new_tokens)
+                _check_length(asked, settings.max_prompt_chars)
+            answering.admit()
+            deltas = answering.generate(_request(asked, answering, settings))
+            answer = _Answer(asked, answering, _name(settings))
+            if not asked.stream:
+                return jsonify(answer.whole(deltas))
+            events = answer.events(deltas)
+            return sse.response(events, answering.held.pop_all().close)
+
+    return routes
+
+
+def _name(settings: Settings) -> str:
+    """The model's name; of a directory the last part, which tells no path."""
+    return Path(settings.model).name if Path(settings.model).is_absolute() else settings.model
+
+
+def _check_length(asked: ChatRequest, most: int) -> None:
+    texts = [
+        part.text for message in asked.messages for part in message.parts if part.type == "text"
+    ]
+    if (length := sum(map(len, texts))) > most:
+        raise TooLarge(f"messages: {length} characters, and the limit is {most}.")
+
+
+def _request(asked: ChatRequest, answering: Answering, settings: Settings) -> GenerationRequest:
+    """What the backend is asked; pictures are decoded here, under the permit."""
+    with answering.record.stage("image"):
+        messages = tuple(
+            _message(message, number, answering, settings)
+            for number, message in enumerate(asked.messages)
+        )
+    options, pixels = asked.chat_template_kwargs, asked.mm_processor_kwargs
+    return GenerationRequest(
+        messages,
+        answering.request_id,
+        asked.sampling(settings.repetition_limit),
+        stream=bool(asked.stream),
+        deadline=answering.deadline.at,
+        template_options=options.model_dump(exclude_none=True),
+        logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        pixels=(pixels.min_pixels, pixels.max_pixels),
+    )
+
+
+def _message(
+    message: ChatMessage, number: int, answering: Answering, settings: Settings
+) -> Message:
+    content: list[str | Image] = []
+    for place, part in enumerate(message.parts):
+        if isinstance(part, TextPart):
+            content.append(part.text)
+            continue
+        answering.deadline.check()
+        where = f"messages.{number}.content.{place}.image_url"
+        image = load_image(part.image_url.url, where, settings.max_image_megapixels)
+        answering.record.pixels = (answering.record.pixels or 0) + image.width * image.height
+        content.append(image)
+    role = "system" if message.role == "developer" else message.role
+    return Message(role, tuple(content), reasoning=message.reasoning_content or "")
+
+
+class _Answer:
+    """Renders one answer."""
+
+    def __init__(self, asked: ChatRequest, answering: Answering, model: str):
+        self._asked, self._answering = asked, answering
+        self._head: Json = {
+            "id": f"chatcmpl-{answering.request_id}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, deltas: Iterator[Delta]) -> Json:
+        """A ``chat.completion``."""
+        parts = list(deltas)
+        message: Json = {"role": "assistant", "content": "".join(part.text for part in parts)}
+        if reasoning := "".join(part.reasoning for part in parts):
+            message["reasoning_content"] = reasoning
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": self._logprobs(tuple(one for part in parts for one in part.logprobs)),
+            "finish_reason": _finish(self._answering.record.finish_reason),
+        }
+        usage = _usage(self._answering.record.usage)
+        return self._head | {"object": "chat.completion", "choices": [choice], "usage": usage}
+
+    def events(self, deltas: Iterator[Delta]) -> Iterator[str]:
+        """``chat.completion.chunk`` events; an error in mid-stream is one, too."""
+        try:
+            yield self._chunk({"role": "assistant", "content": ""})
+            for delta in deltas:
+                said = {"content": delta.text} if delta.text else {}
+                if delta.reasoning:
+                    said["reasoning_content"] = delta.reasoning
+                if said or delta.logprobs:
+                    yield self._chunk(said, self._logprobs(delta.logprobs))
+            yield self._chunk({}, finish=_finish(self._answering.record.finish_reason))
+            if self._asked.stream_options and self._asked.stream_options.include_usage:
+                usage = _usage(self._answering.record.usage)
+                yield self._event({"choices": [], "usage": usage})
+        except Exception as failure:
+            error = as_service_error(failure, self._answering.request_id)
+            self._answering.record.reason = error.reason
+            yield sse.event(dumps(openai_error(error, self._answering.request_id)))
+        yield sse.DONE
+
+    def _chunk(self, delta: Json, logprobs: Json | None = None, finish: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return self._event({"choices": [choice]})
+
+    def _event(self, content: Json) -> str:
+        return sse.event(dumps(self._head | {"object": "chat.completion.chunk"} | content))
+
+    def _logprobs(self, tokens: tuple[TokenLogprob, ...]) -> Json | None:
+        if not self._asked.logprobs:
+            return None
+        return {
+            "content": [_token(one) | {"top_logprobs": [*map(_token, one.top)]} for one in tokens]
+        }
+
+
+def _token(token: TokenLogprob) -> Json:
+    return {"token": token.text, "bytes": list(token.bytes), "logprob": token.logprob}
+
+
+def _finish(reason: FinishReason | None) -> str:
+    """In OpenAI's words; an answer that repeats itself was cut."""
+    return "stop" if reason is FinishReason.STOP else "length"
+
+
+def _usage(usage: Usage | None) -> Json:
+    read, written = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens if usage else 0},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens if usage else 0},
+    }

@@ -1,0 +1,165 @@
+"""The body of ``POST /v1/chat/completions``, in OpenAI's words. Unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qwenvl_app.generation import SamplingParams
+from qwenvl_app.web.errors import InvalidParameter
+
+_MAX_MESSAGES = 1000
+_MAX_PARTS = 1000
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ImageURL(_Model):
+    """Where a picture is; of ``detail`` there is one level only."""
+
+    url: str
+    detail: Literal["auto"] = "auto"
+
+
+class TextPart(_Model):
+    """A text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(_Model):
+    """A picture."""
+
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class ChatMessage(_Model):
+    """One turn; ``developer`` is a newer name of ``system``."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(max_length=_MAX_PARTS)]
+    reasoning_content: str | None = None
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        """The content as parts."""
+        if isinstance(self.content, str):
+            return [TextPart(type="text", text=self.content)]
+        return self.content
+
+
+class TemplateOptions(_Model):
+    """What the published templates ask for: Qwen3.5's switch for its reasoning."""
+
+    enable_thinking: bool | None = None
+
+
+class PixelLimits(_Model):
+    """What a picture is scaled to, in pixels."""
+
+    min_pixels: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    max_pixels: int | None = Field(default=None, ge=1, le=2**31 - 1)
+
+
+class StreamOptions(_Model):
+    """What a stream says beside the answer."""
+
+    include_usage: bool = False
+
+
+class ResponseFormat(_Model):
+    """Text alone, so far."""
+
+    type: Literal["text"]
+
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class ChatRequest(_Model):
+    """``user``, ``metadata`` and ``store`` are taken and have no effect: nothing is stored."""
+
+    model: str | None = None
+    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_MESSAGES)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: float | None = Field(default=None, gt=0, le=2)
+    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=1000)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4)]
+        | None
+    ) = None
+    ignore_eos: bool | None = None
+    n: Literal[1] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    chat_template_kwargs: TemplateOptions = TemplateOptions()
+    mm_processor_kwargs: PixelLimits = PixelLimits()
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+
+    @classmethod
+    def parse(cls, body: dict[str, Any], max_new_tokens: int) -> ChatRequest:
+        """Validate ``body``. Raises InvalidParameter, which names the first wrong field."""
+        try:
+            parsed = cls.model_validate(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            param = ".".join(str(step)[:100] for step in first["loc"])
+            said = "it is not supported" if first["type"] == "extra_forbidden" else first["msg"]
+            raise InvalidParameter(f"{param}: {said}", param) from None
+        both = (parsed.max_tokens, parsed.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise InvalidParameter(
+                "max_tokens and max_completion_tokens differ: send one of them.", "max_tokens"
+            )
+        if (parsed.limit or 0) > max_new_tokens:
+            name = "max_tokens" if parsed.max_tokens else "max_completion_tokens"
+            raise InvalidParameter(f"{name}: the limit here is {max_new_tokens}.", name)
+        if parsed.top_logprobs is not None and not parsed.logprobs:
+            raise InvalidParameter("top_logprobs: only with logprobs.", "top_logprobs")
+        if parsed.stream_options and not parsed.stream:
+            raise InvalidParameter("stream_options: only with stream.", "stream_options")
+        return parsed
+
+    @property
+    def limit(self) -> int | None:
+        """The longest answer, in tokens."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def sampling(self, repetition_limit: int) -> SamplingParams:
+        """How to generate; what was not sent is the checkpoint's."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return SamplingParams(
+            max_new_tokens=self.limit,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=self.seed,
+            stop=stop,
+            ignore_eos=bool(self.ignore_eos),
+            repetition_limit=repetition_limit,
+        )

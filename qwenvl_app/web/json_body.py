@@ -1,0 +1,67 @@
+"""A JSON body to Python values: in memory, under limits, with no value that JSON does not have."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from flask import Request
+from werkzeug.exceptions import ClientDisconnected
+
+from qwenvl_app.errors import ClientGone
+from qwenvl_app.web.errors import InvalidParameter
+
+_DEPTH = 64  # of arrays and objects in one another; Python's parser recurses
+
+
+def read_json(request: Request) -> dict[str, Any]:
+    """The object that is the body. Raises InvalidParameter; over MAX_CONTENT_LENGTH Flask's 413."""
+    if request.mimetype != "application/json":
+        raise InvalidParameter("The Content-Type has to be application/json.")
+    if request.mimetype_params.get("charset", "utf-8").lower() not in ("utf-8", "utf8"):
+        raise InvalidParameter("The charset has to be utf-8, as RFC 8259 says.")
+    try:
+        text = request.get_data(cache=False).decode("utf-8")
+    except ClientDisconnected:
+        raise ClientGone from None
+    except UnicodeDecodeError:
+        raise InvalidParameter("The body is not UTF-8.") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except (json.JSONDecodeError, RecursionError, ValueError):
+        # ValueError: an integer of thousands of digits (Python's int_max_str_digits).
+        raise InvalidParameter("The body is not valid JSON.") from None
+    if not isinstance(value, dict):
+        raise InvalidParameter("The body has to be a JSON object.")
+    _check(value)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise InvalidParameter("A key occurs twice in one JSON object.")
+    return values
+
+
+def _constant(name: str) -> NoReturn:
+    raise InvalidParameter(f"{name} is no JSON value.")
+
+
+def _check(value: Any) -> None:
+    """Refuse lone surrogates, infinite numbers and too deep a value, without recursion."""
+    waiting = [(value, 1)]
+    while waiting:
+        item, depth = waiting.pop()
+        if depth > _DEPTH:
+            raise InvalidParameter(f"The JSON is nested deeper than {_DEPTH} levels.")
+        if isinstance(item, str):
+            if not item.isascii() and any("\ud800" <= sign <= "\udfff" for sign in item):
+                raise InvalidParameter("A text has a lone surrogate.")
+        elif isinstance(item, float):
+            if item in (float("inf"), float("-inf")):
+                raise InvalidParameter("A number is too large.")
+        elif isinstance(item, dict):
+            waiting += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, list):
+            waiting += [(part, depth + 1) for part in item]

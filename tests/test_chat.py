@@ -1,0 +1,300 @@
+"""Chat completions around a fake backend: OpenAI's shapes, streams, and hostile bodies."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+
+import pytest
+
+from qwenvl_app import create_app
+from qwenvl_app.errors import Unavailable
+from qwenvl_app.generation import Phase, Status
+from qwenvl_app.settings import load_settings
+from tests.fakes import FakeBackend
+from tests.wire import PNG
+
+ROUTE = "/v1/chat/completions"
+URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def image(url: object) -> dict:
+    part = {"type": "image_url", "image_url": {"url": url}}
+    return {"messages": [{"role": "user", "content": [part]}]}
+
+
+def hello(**fields: object) -> dict:
+    return {"messages": HELLO, **fields}
+
+
+def said(content: object, role: object = "user", **fields: object) -> dict:
+    return {"messages": [{"role": role, "content": content, **fields}]}
+
+
+def events(response) -> list:
+    lines = response.text.split("\n\n")
+    response.close()
+    assert lines.pop() == ""
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def test_an_answer(client, backend: FakeBackend):
+    response = client.post(ROUTE, json=hello(model="any"), headers={"X-Request-ID": "one"})
+    assert response.status_code == 200
+    body = response.json
+    assert body.pop("created") > 0
+    assert body == {
+        "id": "chatcmpl-one",
+        "model": "demo",
+        "object": "chat.completion",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "这是一个答案。"},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 10,
+            "completion_tokens": 3,
+            "total_tokens": 13,
+            "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        },
+    }
+    assert backend.requests[0].stream is False
+
+
+def test_what_the_backend_is_asked(client, backend: FakeBackend):
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [*image(URL)["messages"][0]["content"], said_part("what?")]},
+        {"role": "assistant", "content": "a circle", "reasoning_content": "round"},
+        {"role": "user", "content": "sure?"},
+    ]
+    asked = {
+        "messages": messages,
+        "temperature": 0,
+        "top_k": 5,
+        "seed": 7,
+        "stop": "\n",
+        "max_completion_tokens": 9,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "mm_processor_kwargs": {"max_pixels": 10000},
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert client.post(ROUTE, json=asked).status_code == 200
+    request = backend.requests[0]
+    assert [message.role for message in request.messages] == ["system", "user", "assistant", "user"]
+    assert [picture.size for picture in request.images] == [(64, 64)]
+    assert request.messages[1].content[1] == "what?"
+    assert request.messages[2].reasoning == "round"
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.seed) == (0, 5, 7)
+    assert (sampling.stop, sampling.max_new_tokens) == (("\n",), 9)
+    assert (request.logprobs, request.pixels) == (2, (None, 10000))
+    assert request.template_options == {"enable_thinking": False}
+
+
+def said_part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def test_a_stream(client, backend: FakeBackend):
+    asked = hello(stream=True, stream_options={"include_usage": True})
+    response = client.post(ROUTE, json=asked)
+    assert response.mimetype == "text/event-stream"
+    assert response.headers["Cache-Control"] == "no-store"
+    assert response.headers["X-Accel-Buffering"] == "no"
+    chunks = events(response)
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    *pieces, usage = chunks
+    deltas = [chunk["choices"][0]["delta"] for chunk in pieces]
+    assert "".join(delta.get("content", "") for delta in deltas) == "这是一个答案。"
+    assert pieces[-1]["choices"][0]["finish_reason"] == "stop"
+    assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 13)
+    assert backend.requests[0].stream is True
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"), [(Unavailable.exhausted(), "memory"), (KeyError("secret"), "internal")]
+)
+def test_an_error_in_mid_stream(client, backend: FakeBackend, caplog, failure, code):
+    caplog.set_level(logging.INFO)
+    backend.failure = failure
+    response = client.post(ROUTE, json=hello(stream=True))
+    error = events(response)[-1]["error"]
+    assert (error["code"], error["type"]) == (code, "server_error")
+    assert error["message"].isascii()
+    assert "secret" not in response.text
+    lines = [record for record in caplog.records if record.name == "qwenvl_app.access"]
+    assert [line.fields["reason"] for line in lines] == [code]
+    samples = client.get("/metrics").text.splitlines()
+    assert not [line for line in samples if "request_success_total{" in line and " 1.0" in line]
+
+
+def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: FakeBackend):
+    """A generator that never ran has no finally: the close of the response releases."""
+    response = app.test_client().post(ROUTE, json=hello(stream=True), buffered=False)
+    admission = app.extensions["qwenvl"]["admission"]
+    assert admission.free == admission.permits - 1
+    response.close()
+    response.close()
+    assert admission.free == admission.permits
+    assert backend.generations[0].cancelled
+
+
+def test_models(client):
+    (model,) = client.get("/v1/models").json["data"]
+    assert (model["id"], model["object"], model["owned_by"]) == ("demo", "model", "qwenvl")
+
+
+def test_not_ready_and_no_key(client, backend: FakeBackend):
+    backend.phase = Status(Phase.LOADING)
+    response = client.post(ROUTE, json=hello())
+    assert (response.status_code, response.json["error"]["code"]) == (503, "loading")
+    assert response.headers["Retry-After"] == "10"
+    keyed = create_app(load_settings({"QWENVL_API_KEYS": "k"}), FakeBackend("x")).test_client()
+    response = keyed.post(ROUTE, json=hello())
+    assert response.status_code == 401
+    assert response.json["error"]["type"] == "authentication_error"
+    assert client.get(ROUTE).json["error"]["message"] == "Method Not Allowed"
+
+
+def deep(levels: int) -> str:
+    return '{"messages":' + "[" * levels + "]" * levels + "}"
+
+
+BROKEN_JSON = {
+    "empty": b"",
+    "no JSON": b"hello",
+    "cut": b'{"messages": [',
+    "an array": b"[]",
+    "a string": b'"hello"',
+    "null": b"null",
+    "two values": b"{} {}",
+    "a comma too many": b'{"n": 1,}',
+    "a comment": b"{} // no",
+    "single quotes": b"{'n': 1}",
+    "NUL": b"{}\0",
+    "a byte order mark": b"\xef\xbb\xbf{}",
+    "not UTF-8": b'{"user": "\xff"}',
+    "GBK": '{"user": "图片"}'.encode("gbk"),
+    "UTF-16": '{"n": 1}'.encode("utf-16"),
+    "a CESU surrogate": b'{"user": "\xed\xa0\x80"}',
+    "a lone surrogate": rb'{"user": "\ud800"}',
+    "a lone surrogate as a key": rb'{"\udc00": 1}',
+    "a key twice": b'{"n": 1, "n": 1}',
+    "a key twice inside": b'{"metadata": {"a": 1, "a": 2}}',
+    "NaN": b'{"temperature": NaN}',
+    "Infinity": b'{"temperature": Infinity}',
+    "1e999": b'{"temperature": 1e999}',
+    "5,000 digits": b'{"seed": ' + b"9" * 5000 + b"}",
+    "65 levels": deep(65).encode(),
+    "100,000 levels": deep(100_000).encode(),
+    "a control character": b'{"user": "\x01"}',
+}
+BAD_FIELDS = {
+    "no messages": {},
+    "messages: none": {"messages": []},
+    "messages: a string": {"messages": "hello"},
+    "messages: null": {"messages": None},
+    "10,000 messages": {"messages": HELLO * 10_000},
+    "a message that is a string": {"messages": ["hello"]},
+    "an unknown role": said("x", "robot"),
+    "a role of another type": said("x", 1),
+    "the role tool": said("x", "tool", tool_call_id="1"),
+    "no content": {"messages": [{"role": "user"}]},
+    "content: a number": said(1),
+    "content: null": said(None),
+    "an unknown part": said([{"type": "audio", "audio": "x"}]),
+    "a part without a type": said([{"text": "x"}]),
+    "a text that is a list": said([{"type": "text", "text": ["x"]}]),
+    "an unknown field of a message": said("x", name2="y"),
+    "an unknown field": hello(best_of=2),
+    "tools": hello(tools=[]),
+    "audio": hello(modalities=["audio"]),
+    "logit_bias": hello(logit_bias={"1": 100}),
+    "n: 2": hello(n=2),
+    "n: true": hello(n="1"),
+    "temperature: a string": hello(temperature="0"),
+    "temperature: -1": hello(temperature=-1),
+    "temperature: 3": hello(temperature=3),
+    "top_p: 0": hello(top_p=0),
+    "top_p: 2": hello(top_p=2),
+    "top_k: -2": hello(top_k=-2),
+    "min_p: 2": hello(min_p=2),
+    "presence_penalty: 3": hello(presence_penalty=3),
+    "repetition_penalty: 0": hello(repetition_penalty=0),
+    "seed: 2**64": hello(seed=2**64),
+    "seed: 1.5": hello(seed=1.5),
+    "max_tokens: 0": hello(max_tokens=0),
+    "max_tokens: too many": hello(max_tokens=10**6),
+    "max_tokens: true": hello(max_tokens=True),
+    "two limits": hello(max_tokens=1, max_completion_tokens=2),
+    "five stops": hello(stop=["a"] * 5),
+    "an empty stop": hello(stop=""),
+    "a stop of numbers": hello(stop=[1]),
+    "top_logprobs alone": hello(top_logprobs=1),
+    "top_logprobs: 21": hello(logprobs=True, top_logprobs=21),
+    "stream: a string": hello(stream="yes"),
+    "stream_options alone": hello(stream_options={"include_usage": True}),
+    "json_object": hello(response_format={"type": "json_object"}),
+    "a template's variable": hello(chat_template_kwargs={"messages": []}),
+    "min_pixels: 0": hello(mm_processor_kwargs={"min_pixels": 0}),
+    "a file": image("file:///etc/passwd"),
+    "http": image("http://127.0.0.1/a.png"),
+    "https": image("https://example.com/a.png"),
+    "a path": image("/etc/passwd"),
+    "no URL": image(""),
+    "a number": image(1),
+    "a picture that is text": image("data:text/plain;base64,aGVsbG8="),
+    "not base64": image("data:image/png;base64,!!!!"),
+    "base64 with spaces": image("data:image/png;base64,aGVs bG8="),
+    "base64 that is cut": image("data:image/png;base64,aGVsbG8"),
+    "Chinese in base64": image("data:image/png;base64,图片"),
+    "no picture": image("data:image/png;base64,aGVsbG8="),
+    "half a picture": image("data:image/png;base64," + base64.b64encode(PNG[:90]).decode()),
+    "no base64 at all": image("data:image/png,hello"),
+}
+
+
+def check(response, status: int = 400) -> dict:
+    assert response.status_code == status, response.text
+    error = response.json["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert len(response.data) < 2000
+    return error
+
+
+@pytest.mark.parametrize("name", BROKEN_JSON)
+def test_broken_json(client, backend: FakeBackend, name: str):
+    check(client.post(ROUTE, data=BROKEN_JSON[name], content_type="application/json"))
+    assert backend.requests == []
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_bad_fields(client, backend: FakeBackend, name: str):
+    error = check(client.post(ROUTE, json=BAD_FIELDS[name]))
+    assert error["param"], error
+    assert error["message"].startswith(error["param"].split(".")[0])
+    assert backend.requests == []
+
+
+def test_bodies_over_limits_and_of_other_types(client, settings):
+    check(client.post(ROUTE, data=b"{}", content_type="text/plain"))
+    check(client.post(ROUTE, data=b"{}", content_type="application/json; charset=gbk"))
+    check(
+        client.post(
+            ROUTE, data=b" " * (settings.max_upload_mb * 2**20 + 1), content_type="application/json"
+        ),
+        413,
+    )
+    check(client.post(ROUTE, json=said("x" * (settings.max_prompt_chars + 1))), 413)
