@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import chain
@@ -54,10 +54,15 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and where in them the features of each picture go, in order."""
+    """Token ids, and where each picture's features go, in the order of the pictures.
+
+    ``reasoning`` is the builder's, but for this prompt: options such as ``enable_thinking`` and
+    earlier turns decide whether it opens the reasoning.
+    """
 
     input_ids: list[int]
     images: tuple[range, ...]
+    reasoning: Reasoning | None
 
 
 class PromptBuilder:
@@ -80,10 +85,8 @@ class PromptBuilder:
         if [piece.count(self._image) for piece in pieces] != [1, 0]:
             raise ValueError("the chat template does not place one image and the user's text")
         begin, end = (vocabulary.get(mark) for mark in ("<think>", "</think>"))
-        self.reasoning: Reasoning | None = None
-        if begin is not None and end is not None:
-            marks = [token for token in chain(*pieces) if token in (begin, end)]
-            self.reasoning = Reasoning(begin, end, begun=marks[-1:] == [begin])
+        self._marks = None if begin is None or end is None else (begin, end)
+        self.reasoning = self._reasoning(chain(*pieces))
         self._in_order = self._keeps_order()
 
     def build(
@@ -114,7 +117,7 @@ class PromptBuilder:
                 ids += [token] * features
             else:
                 ids.append(token)
-        return Prompt(ids, tuple(images))
+        return Prompt(ids, tuple(images), self._reasoning(encoded))
 
     def _rendered(
         self,
@@ -157,6 +160,13 @@ class PromptBuilder:
         pieces = rendered.split(_PROBE)
         pads = [self._encoder.encode(piece).count(self._image) for piece in pieces]
         return [piece[:1] for piece in pieces[1:]] == ["1", "2", "3"] and pads == [1, 0, 1, 0]
+
+    def _reasoning(self, ids: Iterable[int]) -> Reasoning | None:
+        """That of a prompt of ``ids``: the last mark in it says whether reasoning is open."""
+        if self._marks is None:
+            return None
+        marks = [token for token in ids if token in self._marks]
+        return Reasoning(*self._marks, begun=marks[-1:] == [self._marks[0]])
 
     def _turn(self, message: Message) -> dict[str, Any]:
         """A message as the templates take it: of texts alone, its content is one text."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from qwenvl_app.generation import question
+from qwenvl_app.generation import Message, question
 from qwenvl_app.prompts import Prompt, PromptBuilder
 
 _DIRECTORY = Path(__file__).parent / "data" / "templates"
@@ -26,8 +26,14 @@ def published(family: str, number: int = 0) -> str:
 
 
 ALL = {path.stem: path.read_text(encoding="utf-8") for path in sorted(_DIRECTORY.glob("*.jinja"))}
+PICTURE = Image.new("RGB", (1, 1))  # of which a prompt has the places alone
 
 
-def build(prompts: PromptBuilder, text: str, grid: tuple[int, int, int]) -> Prompt:
-    """The prompt of one picture and ``text``."""
-    return prompts.build(question(Image.new("RGB", (1, 1)), text), [grid])
+def asked(text: str) -> tuple[Message, ...]:
+    """One picture and one question about it."""
+    return question(PICTURE, text)
+
+
+def build(prompts: PromptBuilder, text: str, grid: tuple[int, int, int] = (1, 2, 2)) -> Prompt:
+    """The prompt of one picture of ``grid`` and one question about it."""
+    return prompts.build(asked(text), [grid])

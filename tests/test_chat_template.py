@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from qwenvl_app.errors import BadRequest
-from qwenvl_app.generation import Message, ToolCall, question
+from qwenvl_app.generation import Message, ToolCall
 from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.prompts import PromptBuilder
 from tests import real_shape, templates
+from tests.templates import PICTURE
 
-PICTURE = Image.new("RGB", (1, 1))  # of which a prompt has the places alone
 TEMPLATES = [*templates.ALL, "demo"]
 WORDS = ["描述", "two  words\n", " leading", "🎉", "e\u0301", "1 < 2", "{{ x }}", '"q"', "\\n", "x"]
 TOOLS = [
@@ -171,7 +170,7 @@ def test_an_option_that_is_printed_is_text(tokenizer):
     template = "{{ a }}{% for m in messages %}<|image_pad|>{{ m.content[1].text }}{% endfor %}"
     builder = PromptBuilder(tokenizer, template, 2)
     options = {"a": "<|image_pad|><|im_end|>"}
-    prompt = builder.build(question(PICTURE, "x"), [(1, 2, 2)], options=options)
+    prompt = builder.build(templates.asked("x"), [(1, 2, 2)], options=options)
     assert tokenizer.decode(prompt.input_ids) == "<|image_pad|><|im_end|><|image_pad|>x"
     assert prompt.images == (range(len(prompt.input_ids) - 2, len(prompt.input_ids) - 1),)
 
@@ -243,7 +242,7 @@ def test_a_picture_that_is_dropped_is_refused(tokenizer):
 )
 def test_a_template_that_moves_or_repeats_pictures_takes_one_alone(tokenizer, template: str):
     builder = PromptBuilder(tokenizer, template, 2)
-    assert len(templates.build(builder, "x", (1, 2, 2)).images) == 1
+    assert len(templates.build(builder, "x").images) == 1
     turns = [user(PICTURE, "x"), Message("assistant", ("x",)), user(PICTURE, "x")]
     assert "对话模板" in refused(builder, turns, 2)
 
@@ -275,3 +274,15 @@ def test_a_lone_surrogate_is_refused(builder, lone: str):
     for messages in ([user(lone)], [user("x"), Message("assistant", ("x",), lone)]):
         assert refused(builder, messages, 0).startswith("文本中有不完整的")
     assert refused(builder, [user("x")], 0, tools=[{lone: 1}]).startswith("文本中有")
+
+
+@pytest.mark.parametrize(
+    ("name", "thinking", "begun"),
+    [("qwen3_5_think", False, False), ("qwen3_5_nothink", True, True), ("qwen3_vl", True, False)],
+)
+def test_an_option_decides_whether_the_prompt_opens_the_reasoning(tokenizer, name, thinking, begun):
+    prompts = PromptBuilder(tokenizer, templates.ALL[name], 2)
+    turns = [user("x"), Message("assistant", ("x",), "hm"), user("<think>")]
+    prompt = prompts.build(turns, [], options={"enable_thinking": thinking})
+    assert prompt.reasoning is not None
+    assert prompt.reasoning.begun is begun

@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from qwenvl_app.engine.detokenizer import Detokenizer, StopStrings, reasoning_after
-from qwenvl_app.prompts import Reasoning
+from qwenvl_app.engine.detokenizer import Detokenizer, StopStrings
 
 TEXTS = [
     "plain words, and more",
@@ -77,13 +76,3 @@ def test_stop_strings_in_pieces(stops, pieces, before, found):
     else:
         text += cutter.flush()
     assert (text, stopped) == (before, found)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "begun"), [([], False), ([1], True), ([1, 5, 2], False), ([1, 5, 2, 7, 1, 6], True)]
-)
-def test_a_prompt_says_whether_the_reasoning_is_open(prompt: list[int], begun: bool):
-    """Not the template alone: a request's options may close it."""
-    marks = Reasoning(1, 2, begun=not begun)
-    assert reasoning_after(marks, prompt) == Reasoning(1, 2, begun)
-    assert reasoning_after(None, prompt) is None

@@ -380,7 +380,7 @@ def test_a_hostile_schema_is_refused(grammars, name):
 def test_a_schema_is_compiled_once(tokens, monkeypatch):
     """Also one that is refused. What is kept is bounded."""
     checked: list[str] = []
-    monkeypatch.setattr(grammar, "_check", lambda text: checked.append(text) or "")
+    monkeypatch.setattr(grammar, "check_grammar", lambda text: checked.append(text) or "")
     grammars = Grammars(tokens, WIDTH, sorted(ENDS))
     for _ in range(3):
         matcher_of(grammars, Constraint("json", {"const": 1}))

@@ -24,7 +24,7 @@ from qwenvl_app.engine.inputs import prepare
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sampling import next_tokens
 from qwenvl_app.generation import FinishReason, Phase, SamplingParams
-from qwenvl_app.loading.checkpoint import check
+from qwenvl_app.loading.checkpoint import find
 from qwenvl_app.loading.load import load
 from qwenvl_app.prompts import PromptBuilder
 from qwenvl_app.settings import load_settings
@@ -215,7 +215,7 @@ def test_the_template_may_be_in_any_of_three_files(loaded, copy, kept):
         without(copy, "tokenizer_config.json", "chat_template")
     if kept == "chat_template.jinja":
         (copy / kept).write_text(real_shape.TEMPLATE, encoding="utf-8")
-    template = check(copy)
+    template = find(str(copy)).chat_template
     prompts = PromptBuilder(loaded.tokenizer, template, 2)
     assert templates.build(prompts, "你好", (1, 4, 4)) == templates.build(
         loaded.prompts, "你好", (1, 4, 4)
@@ -237,15 +237,15 @@ def test_prompts_are_those_of_the_published_template(loaded, name):
         "1\u0338 e\u0301",
     ):
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        assert templates.build(prompts, text, (1, 2, 2)).input_ids == tokenizer.apply_chat_template(
+        assert templates.build(prompts, text).input_ids == tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=template,
             add_generation_prompt=True,
             return_dict=False,
         )
-    plain = templates.build(prompts, "x", (1, 2, 2)).input_ids
+    plain = templates.build(prompts, "x").input_ids
     for number, token in tokenizer.added_tokens_decoder.items():
-        hostile = templates.build(prompts, f"x{token.content}x", (1, 2, 2)).input_ids
+        hostile = templates.build(prompts, f"x{token.content}x").input_ids
         assert hostile.count(number) == plain.count(number)
         assert f"x{token.content}x" in tokenizer.decode(hostile)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
-
-from qwenvl_app.prompts import Reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from qwenvl_app.prompts import Reasoning
 
 _REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
@@ -42,14 +41,6 @@ class Pieces:
             clean_up_tokenization_spaces=False,
         )
         return str(text)
-
-
-def reasoning_after(marks: Reasoning | None, prompt: list[int]) -> Reasoning | None:
-    """``marks`` for an answer to ``prompt``: whether it is open there, its own options decided."""
-    if marks is None:
-        return None
-    last = next((token for token in reversed(prompt) if token in (marks.begin, marks.end)), None)
-    return replace(marks, begun=last == marks.begin)
 
 
 class Detokenizer:

@@ -9,12 +9,8 @@ sequence has a copy of its own.
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +19,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from qwenvl_app.engine.schema_bounds import LIMITS, check_grammar, checked_schema, refusal
 from qwenvl_app.errors import BadSchema
 from qwenvl_app.prompts import Reasoning
 
@@ -33,40 +30,7 @@ if TYPE_CHECKING:
 
 _KEPT = 32  # grammars; each holds some hundred KB
 _LARGEST = 32_768  # characters of all schemas of a request, as JSON
-_LONGEST = 4_096  # of a text in one: a step takes as long as the longest that is not yet written
-_DEEPEST = 64
-# Each bounds what a hostile schema may take of the engine's thread in one step, or of memory for
-# one sequence (1 to 2 KB a state); llguidance's own defaults are four to twelve times that.
-_LIMITS: dict[str, Any] = {
-    "step_lexer_fuel": 50_000,
-    "step_max_items": 12_500,
-    "max_lexer_states": 20_000,
-    "max_grammar_size": 100_000,
-    "verbose_errors": False,
-}
-_CHECK = Path(__file__).with_name("grammar_check.py")
-_PATIENCE_S = 10.0  # for the check, which has two seconds of CPU time: on a machine that is busy
-
-# As ``json.dumps`` writes it, with an indent or without. More would let a model write blanks for
-# ever, which is still JSON, and which models do whose next word is ruled out.
-_BLANK = r" |\n[ \t]{0,64}"
 _CALLS = ("<tool_call>", "</tool_call>")  # as Qwen's templates write them (Hermes)
-
-# What the library says of a schema, and the keyword that it is about where that is not named.
-_KEYWORDS = (
-    (re.compile(r"Unimplemented keys: \[(.*)\]"), None),
-    (re.compile(r"Expected .* for '(\w+)'"), None),
-    (re.compile(r"\b(\w+) must be an? "), None),
-    (re.compile(r"oneOf constraints"), "oneOf"),
-    (re.compile(r"Unknown format"), "format"),
-    (re.compile(r"patternProperty"), "patternProperties"),
-    (re.compile(r"regex"), "pattern"),
-    (re.compile(r"Invalid type"), "type"),
-    (re.compile(r"Resource|Pointer|Anchor|\$ref"), "$ref"),
-    (re.compile(r"float range|integer range"), "minimum"),
-)
-# Where in our grammar it is, which nobody asked about.
-_FRAME = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?|\n +\d+ \| .*", re.S)
 
 
 class Matcher:
@@ -166,7 +130,7 @@ class Grammars:
         reasons = reasoning is not None and reasoning.begun
         compiled = self._compiled(self._grammar(constraint, blank=reasons))
         if isinstance(compiled, str):
-            raise _refusal(compiled)
+            raise refusal(compiled)
         until = reasoning.end if reasoning and reasons else None
         return Matcher(compiled.deep_copy(), self._ends, until, self._width)
 
@@ -174,7 +138,7 @@ class Grammars:
         """In llguidance's Lark (docs/syntax.md); ``blank``: with lines that may be empty first."""
         head = "BLANK: /\\n{1,2}/\nstart: BLANK? answer\n" if blank else "start: answer\n"
         if constraint.kind == "json":
-            text = f"answer: %json {_checked(constraint.schema)}\n"
+            text = f"answer: %json {checked_schema(constraint.schema)}\n"
         else:
             text = self._calls(constraint.tools)
         if len(text) > _LARGEST:
@@ -196,7 +160,7 @@ class Grammars:
             schema = function.get("parameters") or {"additionalProperties": False}
             rules.append(f'body{number}: {opening} arguments{number} "}}"')
             # Each at the root of a schema of its own, where its references begin.
-            rules.append(f"arguments{number}: %json {_checked({**schema, 'type': 'object'})}")
+            rules.append(f"arguments{number}: %json {checked_schema({**schema, 'type': 'object'})}")
         return "\n".join([*rules, ""])
 
     def _mark(self, mark: str) -> str:
@@ -207,66 +171,10 @@ class Grammars:
     def _compile(self, grammar: str) -> LLMatcher | str:
         """What is copied for each sequence, or what is wrong with ``grammar``."""
         grammar = LLMatcher.grammar_from_lark(grammar)
-        if problem := _check(grammar):
+        if problem := check_grammar(grammar):
             return problem
-        limits = LLParserLimits(**_LIMITS)
+        limits = LLParserLimits(**LIMITS)
         compiled = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         if not compiled.is_error():
             compiled.compute_bitmask()  # what it learns by that all copies know
         return compiled.get_error() or compiled
-
-
-def _check(grammar: str) -> str:
-    """What is wrong with ``grammar``, found out under limits of time and memory."""
-    try:
-        done = subprocess.run(  # noqa: S603  # this interpreter and a file of this package
-            [sys.executable, "-I", str(_CHECK)],
-            input=json.dumps({"grammar": grammar, "limits": _LIMITS}),
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=_PATIENCE_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return "too complex"
-    return "too complex" if done.returncode else done.stdout
-
-
-def _checked(schema: Mapping[str, Any]) -> str:
-    """``schema`` as JSON, within bounds, and without what would steer the library."""
-    for value, depth in _walk(schema):
-        if depth > _DEEPEST:
-            raise BadSchema(f"nested more than {_DEEPEST} deep")
-        if isinstance(value, str) and len(value) > _LONGEST:
-            raise BadSchema(f"a text of over {_LONGEST} characters")
-    try:
-        return json.dumps({**schema, "x-guidance": {"whitespace_pattern": _BLANK}}, allow_nan=False)
-    except ValueError:
-        raise BadSchema("a number that is not finite") from None
-
-
-def _walk(schema: Any) -> Iterator[tuple[Any, int]]:
-    """All values and names in ``schema`` and how deep they are; without recursion."""
-    todo: list[tuple[Any, int]] = [(schema, 0)]
-    while todo:
-        value, depth = todo.pop()
-        yield value, depth
-        if depth > _DEEPEST:
-            continue
-        if isinstance(value, Mapping):
-            todo += [(each, depth + 1) for pair in value.items() for each in pair]
-        elif isinstance(value, list | tuple):
-            todo += [(each, depth + 1) for each in value]
-
-
-def _refusal(problem: str) -> BadSchema:
-    """Of what the library says, which knows of nothing but the schema."""
-    if "too complex" in problem or "fuel" in problem or "too large" in problem:
-        return BadSchema.too_complex()
-    said = " ".join(_FRAME.sub("", problem).split())[:200].rstrip(" .")
-    for pattern, keyword in _KEYWORDS:
-        if found := pattern.search(problem):
-            named = keyword or found[1].replace('"', "")
-            return BadSchema(said, keyword=named)
-    return BadSchema(said)

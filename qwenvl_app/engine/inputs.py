@@ -13,6 +13,7 @@ from qwenvl_app.engine.pixels import Grid
 from qwenvl_app.engine.positions import mrope_positions
 from qwenvl_app.engine.prefix_cache import Text
 from qwenvl_app.generation import GenerationRequest
+from qwenvl_app.prompts import Reasoning
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Inputs:
     images: list[Span] = field(default_factory=list)
     prefix_key: bytes | None = None  # see ``scheduler.Job``
     boundary: int = 0  # see ``scheduler.Job``
+    reasoning: Reasoning | None = None  # see ``Prompt``
 
     @property
     def images_end(self) -> int:
@@ -78,4 +80,5 @@ def prepare(loaded: LoadedModel, request: GenerationRequest) -> Inputs:
     prompt = loaded.prompts.build(request.messages, grids, request.tools, request.template_options)
     places = list(zip(prompt.images, grids, strict=True))
     positions = mrope_positions(len(prompt.input_ids), places, patcher.merge)
-    return Inputs(prompt.input_ids, positions, [Span(*place) for place in places])
+    spans = [Span(*place) for place in places]
+    return Inputs(prompt.input_ids, positions, spans, reasoning=prompt.reasoning)

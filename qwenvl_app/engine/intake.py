@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from qwenvl_app.engine.detokenizer import Detokenizer, reasoning_after
+from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.inputs import Inputs, prepare
 from qwenvl_app.engine.logprobs import TokenTexts
 from qwenvl_app.engine.model import LoadedModel
@@ -49,11 +49,10 @@ class Intake:
                 span.pixels = patcher.patches(image)
         most = self._most
         limit = min(sampling.max_new_tokens or most, most, free)
-        reasoning = reasoning_after(loaded.prompts.reasoning, inputs.ids)
-        matcher = loaded.grammars.matcher(request.constraint, reasoning)
+        matcher = loaded.grammars.matcher(request.constraint, inputs.reasoning)
         defaults = loaded.model.generation_config
         sampler = Sampler(sampling, defaults, inputs.ids, self._runner.device, matcher)
-        detokenizer = Detokenizer(loaded.tokenizer, reasoning)
+        detokenizer = Detokenizer(loaded.tokenizer, inputs.reasoning)
         renderer = Renderer(detokenizer, sampling.stop, self._texts, self.ends)
         return Sequence(request, inputs, sampler, limit, renderer, arrived, prefix)
 

@@ -159,7 +159,7 @@ def _constrain(
         return
     masks = ruled_out(list(allowed.values()), rows[0].shape[-1]).to(rows[0].device)
     for place, number in enumerate(allowed):
-        rows[number] = rows[number].masked_fill(masks[place : place + 1], -math.inf)
+        rows[number] = torch.where(masks[place : place + 1], -math.inf, rows[number])
 
 
 def _process(

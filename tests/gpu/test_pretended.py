@@ -18,8 +18,10 @@ from qwenvl_app.engine.engine import Engine
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.generation import Constraint, GenerationRequest
-from qwenvl_app.loading.checkpoint import FAMILIES
+from qwenvl_app.loading.checkpoint import FAMILIES, find
+from qwenvl_app.loading.footprint import estimate
 from qwenvl_app.loading.load import load
+from qwenvl_app.loading.measuring import measure
 from tests import families
 from tests.engines import OPTIONS, finish, generate, judge, random_request, request, spread
 from tests.engines import running as cpu_running
@@ -114,7 +116,7 @@ def test_in_bfloat16_what_the_vision_tower_makes_fits_the_language_model(wild, g
         assert engine._executor.cache.layout.dtype is torch.bfloat16
 
 
-def test_layers_on_two_gpus(wild, gpus):
+def test_layers_on_two_gpus(wild, gpus, monkeypatch):
     """As accelerate lays them out: its hooks bring what a layer takes to the layer's device."""
     loaded = moved(wild, gpus)
 
@@ -134,6 +136,14 @@ def test_layers_on_two_gpus(wild, gpus):
         assert [d.index for d in engine._runner.layout.devices] == [0, 0, 1, 1]
         sequences = answered(engine, asked)
     judge([(s, generate(wild, each)) for s, each in zip(sequences, asked, strict=True)])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _gpu: gpus.allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _gpu: gpus.peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _gpu: gpus.restart())
+    with gpus.here():
+        need, shares = measure(loaded, estimate(find("demo"), "auto", 1e6, cpu=False), 50)
+    assert shares == {GPU: 0.5, SECOND: 0.5}  # of the KV cache, which plan.py divides so
+    assert list(shares) == [GPU, SECOND]
+    assert need.tower > need.features > 0
 
 
 def test_drawing_with_penalties_and_seeds(wild, gpus):
