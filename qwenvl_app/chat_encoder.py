@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one that stands alone
-_BAD_TEXT = "文本中有不完整的 Unicode 字符（单独的代理项）。"
+_BAD_TEXT = ("文本中有不完整的 Unicode 字符（单独的代理项）。", "A text has a lone surrogate.")
 
 
 class ChatEncoder:
@@ -50,7 +50,7 @@ class ChatEncoder:
         none. White space stays, which templates trim. BadRequest for a lone surrogate.
         """
         if _SURROGATE.search(text):
-            raise BadRequest(_BAD_TEXT)
+            raise BadRequest(*_BAD_TEXT)
         return text.translate(self._guards)
 
     def encode(self, rendered: str) -> list[int]:

@@ -28,23 +28,33 @@ class ServiceError(Exception):
 
 
 class BadRequest(ServiceError):
-    """The request can't be understood, or its file is no picture."""
+    """The request can't be understood, or its file is no picture.
+
+    ``english`` says what ``detail`` does, for the routes whose errors are in English.
+    """
 
     status = 400
     reason = "bad_request"
 
+    def __init__(self, detail: str, english: str | None = None):
+        super().__init__(detail)
+        self.english = english
+
 
 class BadSchema(BadRequest):
-    """A JSON schema that answers can't be held to. ``english`` is ``detail`` for who reads that.
+    """A JSON schema that answers can't be held to.
 
     ``problem`` is in English, and ``keyword`` the one that it is about, if it is about one.
     """
 
     def __init__(self, problem: str, *, keyword: str | None = None):
         which = f" “{keyword}”" if keyword else ""
-        super().__init__(f"JSON Schema{which} 不受支持：{problem}。")
         named = f" (keyword: {keyword})" if keyword else ""
-        self.keyword, self.english = keyword, f"The JSON schema is not supported{named}: {problem}."
+        super().__init__(
+            f"JSON Schema{which} 不受支持：{problem}。",
+            f"The JSON schema is not supported{named}: {problem}.",
+        )
+        self.keyword = keyword
 
     @classmethod
     def too_complex(cls) -> BadSchema:

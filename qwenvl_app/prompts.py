@@ -32,10 +32,24 @@ _PICTURE = {"type": "image"}
 _MAX_MESSAGES = 2048
 _MAX_OPTIONS = 4096  # characters, as JSON: a template may write them in every turn
 
-_REFUSED = "模型的对话模板不接受这样的对话：请检查消息的角色与顺序、工具和模板选项。"
-_MISPLACED = "模型的对话模板不支持在这些位置放置图片。"
-_TOO_MANY = f"消息过多：最多 {_MAX_MESSAGES} 条。"
-_BAD_OPTIONS = "模板选项的名称不可用，或内容过长。"
+# Each in Chinese and in English.
+_REFUSED = (
+    "模型的对话模板不接受这样的对话：请检查消息的角色与顺序、工具和模板选项。",
+    "The model's chat template refuses this conversation: check the roles and their order, the "
+    "tools and the template's options.",
+)
+_MISPLACED = (
+    "模型的对话模板不支持在这些位置放置图片。",
+    "The model's chat template does not support pictures in these places.",
+)
+_TOO_MANY = (
+    f"消息过多：最多 {_MAX_MESSAGES} 条。",
+    f"There are more than {_MAX_MESSAGES} messages.",
+)
+_BAD_OPTIONS = (
+    "模板选项的名称不可用，或内容过长。",
+    "A template option has a name that can't be used, or the options are too long.",
+)
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +121,7 @@ class PromptBuilder:
         images: list[range] = []
         encoded = self._encoder.encode(rendered)
         if encoded.count(self._image) != len(grids) or (len(grids) > 1 and not self._in_order):
-            raise BadRequest(_MISPLACED)
+            raise BadRequest(*_MISPLACED)
         rest = iter(grids)
         for token in encoded:
             if token == self._image:
@@ -127,12 +141,12 @@ class PromptBuilder:
     ) -> str:
         """All of it guarded and rendered. Raises BadRequest, with none of the template's words."""
         if len(messages) > _MAX_MESSAGES:
-            raise BadRequest(_TOO_MANY)
+            raise BadRequest(*_TOO_MANY)
         if not self._taken.isdisjoint(options):
-            raise BadRequest(_BAD_OPTIONS)
+            raise BadRequest(*_BAD_OPTIONS)
         try:
             if options and len(json.dumps(dict(options))) > _MAX_OPTIONS:
-                raise BadRequest(_BAD_OPTIONS)
+                raise BadRequest(*_BAD_OPTIONS)
             return self._render(
                 [self._turn(message) for message in messages],
                 tools=self._guarded(tools) or None,
@@ -142,7 +156,7 @@ class PromptBuilder:
             raise
         except Exception as error:  # any: a template is a program, and this its input
             log.info("the chat template refused a conversation: %s", type(error).__name__)
-            raise BadRequest(_REFUSED) from None
+            raise BadRequest(*_REFUSED) from None
 
     def _keeps_order(self) -> bool:
         """Whether the pictures of several turns are placed in their turns."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import logging
 
 import pytest
+from PIL import Image
 
 from qwenvl_app import create_app
-from qwenvl_app.errors import Unavailable
-from qwenvl_app.generation import Phase, Status
+from qwenvl_app.errors import BadSchema, Unavailable
+from qwenvl_app.generation import Constraint, Phase, Status
 from qwenvl_app.settings import load_settings
 from tests.fakes import FakeBackend
 from tests.wire import PNG
@@ -245,7 +247,13 @@ BAD_FIELDS = {
     "top_logprobs: 21": hello(logprobs=True, top_logprobs=21),
     "stream: a string": hello(stream="yes"),
     "stream_options alone": hello(stream_options={"include_usage": True}),
-    "json_object": hello(response_format={"type": "json_object"}),
+    "a format": hello(response_format={"type": "xml"}),
+    "a schema without a name": hello(
+        response_format={"type": "json_schema", "json_schema": {"schema": {}}}
+    ),
+    "a schema that is none": hello(
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": [1]}}
+    ),
     "a template's variable": hello(chat_template_kwargs={"messages": []}),
     "min_pixels: 0": hello(mm_processor_kwargs={"min_pixels": 0}),
     "a file": image("file:///etc/passwd"),
@@ -297,4 +305,37 @@ def test_bodies_over_limits_and_of_other_types(client, settings):
         ),
         413,
     )
-    check(client.post(ROUTE, json=said("x" * (settings.max_prompt_chars + 1))), 413)
+    long = "x" * (settings.max_prompt_chars + 1)
+    check(client.post(ROUTE, json=said(long)), 413)
+    check(client.post(ROUTE, json=said("x", "assistant", reasoning_content=long)), 413)
+
+
+def test_pictures_have_one_limit_together(client, backend: FakeBackend, settings):
+    """A small body can hold hundreds of pictures that are gigabytes once decoded."""
+    side = int((settings.max_image_megapixels * 1e6 / 3) ** 0.5)
+    large = io.BytesIO()
+    Image.new("L", (side, side)).save(large, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(large.getvalue()).decode()
+    part = {"type": "image_url", "image_url": {"url": url}}
+    assert client.post(ROUTE, json=said([part] * 2)).status_code == 200
+    error = check(client.post(ROUTE, json=said([part] * 300)), 413)
+    assert error["message"].startswith("messages.0.content.3.image_url")
+    assert len(backend.requests) == 1
+
+
+def test_what_an_answer_has_to_be(client, backend: FakeBackend):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    named = {"name": "x", "schema": schema, "strict": True}
+    for wanted, constraint in (
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, Constraint("json", {"type": "object"})),
+        ({"type": "json_schema", "json_schema": named}, Constraint("json", schema)),
+    ):
+        assert client.post(ROUTE, json=hello(response_format=wanted)).status_code == 200
+        assert backend.requests.pop().constraint == constraint
+
+
+def test_what_the_model_refuses_is_said_in_english(client, backend: FakeBackend):
+    backend.failure = BadSchema("it is odd", keyword="contains")
+    error = check(client.post(ROUTE, json=hello()))
+    assert error["message"] == "The JSON schema is not supported (keyword: contains): it is odd."

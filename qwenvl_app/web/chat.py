@@ -78,9 +78,9 @@ def _name(settings: Settings) -> str:
 
 
 def _check_length(asked: ChatRequest, most: int) -> None:
-    texts = [
-        part.text for message in asked.messages for part in message.parts if part.type == "text"
-    ]
+    texts = [message.reasoning_content or "" for message in asked.messages]
+    parts = [part for message in asked.messages for part in message.parts]
+    texts += [part.text for part in parts if isinstance(part, TextPart)]
     if (length := sum(map(len, texts))) > most:
         raise TooLarge(f"messages: {length} characters, and the limit is {most}.")
 
@@ -102,6 +102,7 @@ def _request(asked: ChatRequest, answering: Answering, settings: Settings) -> Ge
         template_options=options.model_dump(exclude_none=True),
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         pixels=(pixels.min_pixels, pixels.max_pixels),
+        constraint=asked.constraint,
     )
 
 
@@ -115,8 +116,11 @@ def _message(
             continue
         answering.deadline.check()
         where = f"messages.{number}.content.{place}.image_url"
-        image = load_image(part.image_url.url, where, settings.max_image_megapixels)
-        answering.record.pixels = (answering.record.pixels or 0) + image.width * image.height
+        # The limit is for all of them: a small body may hold many that are large once decoded.
+        pixels = answering.record.pixels or 0
+        left = settings.max_image_megapixels - pixels / 1e6
+        image = load_image(part.image_url.url, where, left)
+        answering.record.pixels = pixels + image.width * image.height
         content.append(image)
     role = "system" if message.role == "developer" else message.role
     return Message(role, tuple(content), reasoning=message.reasoning_content or "")

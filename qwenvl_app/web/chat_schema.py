@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qwenvl_app.generation import SamplingParams
+from qwenvl_app.generation import Constraint, SamplingParams
 from qwenvl_app.web.errors import InvalidParameter
 
 _MAX_MESSAGES = 1000
@@ -75,10 +75,35 @@ class StreamOptions(_Model):
     include_usage: bool = False
 
 
-class ResponseFormat(_Model):
-    """Text alone, so far."""
+class TextFormat(_Model):
+    """Any text."""
 
     type: Literal["text"]
+
+
+class JsonObject(_Model):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(_Model):
+    """``schema`` is held to whether or not ``strict``; a ``description`` has no effect."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(_Model):
+    """JSON that a schema admits."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObject | JsonSchemaFormat, Field(discriminator="type")]
 
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -145,6 +170,15 @@ class ChatRequest(_Model):
     def limit(self) -> int | None:
         """The longest answer, in tokens."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the answer has to be; None if it may be any text."""
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return Constraint("json", self.response_format.json_schema.schema_)
+        if isinstance(self.response_format, JsonObject):
+            return Constraint("json", {"type": "object"})
+        return None
 
     def sampling(self, repetition_limit: int) -> SamplingParams:
         """How to generate; what was not sent is the checkpoint's."""

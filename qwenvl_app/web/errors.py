@@ -75,8 +75,10 @@ _ENGLISH = {
 
 def openai_error(error: ServiceError, request_id: str) -> dict[str, object]:
     """The answer to ``error`` in OpenAI's shape (openai-openapi, ``ErrorResponse``)."""
-    english = isinstance(error.detail, str) and error.detail.isascii()
-    message = error.detail if english else _ENGLISH.get(error.reason, "Something failed in here.")
+    message = error.english if isinstance(error, BadRequest) else None
+    if message is None and isinstance(error.detail, str) and error.detail.isascii():
+        message = error.detail
+    message = message or _ENGLISH.get(error.reason, "Something failed in here.")
     if error.status >= 500:
         kind = "server_error"
         message += f" (request {request_id})"

@@ -15,7 +15,10 @@ _HEAD = re.compile(r"data:image/[a-z0-9.+-]{1,100};base64,", re.IGNORECASE)
 
 
 def load_image(url: str, param: str, max_megapixels: float) -> Image:
-    """The picture that ``url`` holds; nothing is fetched. Raises InvalidParameter or TooLarge."""
+    """The picture that ``url`` holds; nothing is fetched. Raises InvalidParameter or TooLarge.
+
+    ``max_megapixels``: what the pictures before it have left of a request's limit.
+    """
     head = _HEAD.match(url)
     if not head:
         raise InvalidParameter(f"{param}: only data:image/...;base64,... is supported.", param)
@@ -26,7 +29,7 @@ def load_image(url: str, param: str, max_megapixels: float) -> Image:
     try:
         return decode_image(data, max_megapixels=max_megapixels)
     except TooLarge:
-        raise TooLarge(f"{param}: more than {max_megapixels:g} megapixels.") from None
+        raise TooLarge(f"{param}: the pictures have too many pixels together.") from None
     except BadRequest:
         raise InvalidParameter(
             f"{param}: the picture is damaged, too narrow, or of a format that is not supported.",

@@ -1,0 +1,95 @@
+"""The ``openai`` package, unmodified, against a real gunicorn with the demo model."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from typing import Literal
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from tests.e2e.server import Server
+from tests.waiting import until
+from tests.wire import picture, send
+
+URL = "data:image/png;base64," + base64.b64encode(picture("circle", "blue")).decode()
+QUESTION = {"type": "text", "text": "what is the blue shape?"}
+SHAPE = {"type": "image_url", "image_url": {"url": URL}}
+ASKED = [{"role": "user", "content": [SHAPE, QUESTION]}]
+
+
+class Shape(BaseModel):
+    shape: Literal["circle", "triangle"]
+    sides: int
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def create(client: openai.OpenAI, **options):
+    return client.chat.completions.create(
+        model="demo", messages=options.pop("messages", ASKED), temperature=0, **options
+    )
+
+
+def test_an_answer(client):
+    answer = create(client, logprobs=True, top_logprobs=2)
+    choice = answer.choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("circle", "stop")
+    assert len(choice.logprobs.content[0].top_logprobs) == 2
+    assert choice.logprobs.content[0].logprob <= 0
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert [model.id for model in client.models.list()] == ["demo"]
+
+
+def test_a_stream(client):
+    chunks = list(create(client, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == "circle"
+    assert chunks[-1].usage.completion_tokens > 0
+
+
+def test_pictures_in_several_turns(client):
+    """The next turn begins where the last one ended."""
+    first = create(client)
+    said = {"role": "assistant", "content": first.choices[0].message.content}
+    answer = create(client, messages=[*ASKED, said, {"role": "user", "content": [SHAPE, QUESTION]}])
+    assert answer.choices[0].message.content
+    cached = answer.usage.prompt_tokens_details.cached_tokens
+    assert cached >= first.usage.prompt_tokens
+
+
+def test_an_answer_of_a_schema(client):
+    answer = client.chat.completions.parse(
+        model="demo", messages=ASKED, response_format=Shape, max_tokens=100
+    )
+    assert isinstance(answer.choices[0].message.parsed, Shape)
+
+
+def test_errors_are_what_the_package_raises(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(client, n=2)
+    assert caught.value.param == "n"
+    odd = {"name": "x", "schema": {"type": "array", "contains": {"type": "null"}}}
+    with pytest.raises(openai.BadRequestError, match="contains"):
+        create(client, response_format={"type": "json_schema", "json_schema": odd})
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("none")
+
+
+def test_a_stream_that_is_closed_half_way_frees_its_slot(client, server: Server):
+    endless = {"ignore_eos": True, "chat_template_kwargs": {}}
+    stream = create(client, stream=True, max_tokens=1000, extra_body=endless)
+    next(iter(stream))
+    stream.close()
+
+    def samples() -> str:
+        return send(server.port, "GET", "/metrics").body.decode()
+
+    until(lambda: "\nqwenvl_num_requests_running 0.0\n" in samples(), said=samples)
+    assert create(client).choices[0].message.content == "circle"
