@@ -61,9 +61,8 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     }
     _for_every_route(app, settings, metrics, has_key)
     service = Service(settings, backend, admission, disconnects, status)
-    app.register_blueprint(recognize.blueprint(service))
-    app.register_blueprint(chat.blueprint(service))
-    app.register_blueprint(chat.models(settings))
+    for routes in (recognize.blueprint(service), chat.blueprint(service), chat.models(settings)):
+        app.register_blueprint(routes)
     app.register_blueprint(ops.blueprint(status, metrics))
     return app
 

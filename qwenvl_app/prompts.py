@@ -82,7 +82,7 @@ class Prompt:
 class PromptBuilder:
     """Builds prompts; may be called on any thread. ``reasoning`` is None if the tokenizer has none.
 
-    Raises ValueError for a template that does not place one image and behind it the text.
+    Raises ValueError for a template that does not place one image and then the text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, merge_size: int):

@@ -23,7 +23,7 @@ _ROWS = 64
 # Elements below which the plain product, whose every call costs less, is no slower.
 LEAST = 2**16
 # What oneDNN applies on the way: the activation costs next to nothing then. In transformers' MLPs
-# it is ``act_fn``, and comes behind one of these layers and no other.
+# it is ``act_fn``, and follows one of these layers and no other.
 _FUSED = {
     nn.GELU: ("gelu", "none"),
     GELUTanh: ("gelu", "tanh"),
@@ -37,7 +37,7 @@ _NORMS = (Qwen2_5_VLRMSNorm, Qwen3VLTextRMSNorm, Qwen3VLMoeTextRMSNorm)
 class PackedLinear(nn.Module):
     """``nn.Linear`` in float32 on a CPU, for inference. ``weight`` is opaque: it can't be read.
 
-    ``then`` is the activation behind it, one of oneDNN's.
+    ``then`` is the activation after it, one of oneDNN's.
     """
 
     def __init__(self, linear: nn.Linear, then: tuple[str, str] = ("none", "")):

@@ -36,7 +36,7 @@ _CALLS = ("<tool_call>", "</tool_call>")  # as Qwen's templates write them (Herm
 class Matcher:
     """How far one sequence is in its grammar. Used by the engine's thread alone, once made.
 
-    ``until``: the token behind which the grammar begins; None if it begins at once. Up to there
+    ``until``: the token after which the grammar begins; None if it begins at once. Up to there
     only ``ends`` are ruled out.
     """
 
@@ -123,7 +123,7 @@ class Grammars:
     def matcher(self, constraint: Constraint | None, reasoning: Reasoning | None) -> Matcher | None:
         """For one sequence. Raises BadSchema, which names the keyword that can't be done.
 
-        The grammar begins behind the reasoning if the prompt has opened it, else at once.
+        The grammar begins after the reasoning if the prompt has opened it, else at once.
         """
         if constraint is None:
             return None

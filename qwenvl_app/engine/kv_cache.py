@@ -127,7 +127,7 @@ class SlotCache(Cache):
     def kept(self, rows: list[int]) -> Iterator[None]:
         """Within the block, a call of the model leaves nothing behind in ``rows``.
 
-        Of keys and values it does not anyway: those lie behind the row's end, and are overwritten.
+        Of keys and values it does not anyway: those lie after the row's end, and are overwritten.
         """
         yield
 
@@ -168,7 +168,7 @@ class SlotCache(Cache):
         """Write new keys and values (rows, heads, widest, head_dim); returns all to attend to."""
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         if self._block:
-            # What pads a row comes too: behind its end, where it is not looked at.
+            # What pads a row comes too: after its end, where it is not looked at.
             keys[self._block], values[self._block] = key_states, value_states
         elif key_states.shape[2] == 1:
             rows, places = self._index(keys.device)

@@ -13,8 +13,8 @@ import torch
 import transformers as hf
 from transformers import GenerationConfig
 
-# As ``GenerationMixin._get_logits_processor`` orders them: ahead of the repetition penalty, behind
-# it, and behind the steps of sampling. Each is made from the configuration, the prompt's ids, and
+# As ``GenerationMixin._get_logits_processor`` orders them: ahead of the repetition penalty, after
+# it, and after the steps of sampling. Each is made from the configuration, the prompt's ids, and
 # scores (1, vocabulary) that say where and how many.
 _Maker = Callable[[GenerationConfig, list[int], Any], Any]
 FIRST: dict[str, _Maker] = {

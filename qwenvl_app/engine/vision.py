@@ -58,7 +58,7 @@ class VisionTower:
         self._known = lru_cache(maxsize=16)(self._measure)
 
     def geometry(self, grids: tuple[Grid, ...]) -> Geometry:
-        """For pictures of these grids, one behind the other."""
+        """For pictures of these grids, one after the other."""
         small = sum(map(math.prod, grids)) <= _SMALL
         return self._known(grids) if small else self._measure(grids)
 
@@ -84,7 +84,7 @@ class VisionTower:
         return result
 
     def deepstack(self, number: int, hidden: torch.Tensor) -> torch.Tensor | None:
-        """What DeepStack takes behind a layer (image tokens, width), if it does."""
+        """What DeepStack takes after a layer (image tokens, width), if it does."""
         taps = getattr(self.visual, "deepstack_visual_indexes", ())
         if number not in taps:
             return None

@@ -1,8 +1,8 @@
-"""What of a picture's file its decoder is shown.
+"""Chooses which bytes of a picture's file its decoder sees.
 
 Decoders refuse files for what no viewer looks at, and misread some fields that say little. Both are
 kept from them here, by showing another file: the same bytes in pieces, with some left out, and a
-few put in their place. No file is copied here, whose pieces may be 20 MB.
+few put in their place. Files can have 20 MB, so none is copied.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _next_scan(data: bytes, position: int) -> int | None:
 def _webp(data: bytes) -> Source:
     """An animation, as one with transparency: where its first frame does not reach is nothing.
 
-    RFC 9649, 2.7: the flags stand behind the header of the chunk VP8X.
+    RFC 9649, 2.7: the flags follow the header of the chunk VP8X.
     """
     animated, alpha = 2, 16
     if data[8:16] != b"WEBPVP8X" or not data[20] & animated or data[20] & alpha:

@@ -64,7 +64,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
             break
         marker = match[1][0]
         position = match.end()
-        # Pillow's own table says which markers have a length; it skips nothing behind the others.
+        # Pillow's own table says which markers have a length; it skips nothing after the others.
         if MARKER.get(0xFF00 | marker, ("", "", None))[2] is None:
             continue
         yield marker, position
@@ -93,7 +93,7 @@ def _jpeg(data: bytes) -> None:
 
 def _jpeg_scans(data: bytes, position: int) -> None:
     scans = 1
-    # Between scans there are tables, up to eight; behind the end may be anything.
+    # Between scans there are tables, up to eight; after the end may be anything.
     for number, match in enumerate(JPEG_AFTER_SCAN.finditer(data, position)):
         if match[1] == b"\xd9":
             return
@@ -138,7 +138,7 @@ def _unpacked(data: bytes, kind: bytes, start: int, end: int) -> int:
 
     An estimate will do, and costs less than a millisecond: nobody here unpacks the rest.
     """
-    start = data.find(b"\0", start, end) + 1  # behind the key
+    start = data.find(b"\0", start, end) + 1  # after the key
     if kind == b"iTXt":
         if data[start] != 1:  # plain
             return 0

@@ -43,7 +43,7 @@ def load(checkpoint: Checkpoint, config: Any) -> tuple[Any, PreTrainedTokenizerB
         prompts = PromptBuilder(tokenizer, checkpoint.chat_template, processor.merge_size)
     except (ValueError, TemplateError):
         raise ModelLoadError(
-            "the chat template does not place one image and behind it the user's text; take the "
+            "the chat template does not place one image and then the user's text; take the "
             "checkpoint's own"
         ) from None
     return processor, tokenizer, prompts

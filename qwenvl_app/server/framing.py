@@ -1,7 +1,7 @@
 """Where a request ends: what the worker's loop has to know before it spends a thread on it.
 
-gunicorn's parser stays the judge of what is valid. Of the head and of a chunked body's trailers it
-is asked itself, once they are whole; of chunks only the sizes are followed here, under its grammar.
+gunicorn's parser decides what is valid. It checks the head and a chunked body's trailers once they
+are complete; of the chunks only the sizes are followed here, by its grammar.
 So where a request ends is certain before anybody reads it, and stays so if nobody does: what a
 proxy in front takes for one body can't be two requests here (RFC 9112, sections 7.1 and 11.2).
 """

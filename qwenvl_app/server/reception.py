@@ -1,4 +1,4 @@
-"""Connections until a request of theirs is there: read without blocking, under limits.
+"""Reads each connection until it holds a whole request: without blocking, under limits.
 
 Everything here runs on the thread of the worker's loop.
 """

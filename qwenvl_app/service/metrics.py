@@ -1,8 +1,8 @@
 """Prometheus instruments. Names are those that vLLM and LMDeploy share, where they have one.
 
 One registry an application, never the global one: tests make many applications in one process.
-What is a state (queue, batch, caches, phase) is asked for when somebody scrapes; what happened is
-counted from a request's record, once, by ``Metrics.count``.
+Gauges (queue, batch, caches, phase) are read when somebody scrapes. Counters and histograms are
+updated once from each request's record, by ``Metrics.count``.
 """
 
 from __future__ import annotations

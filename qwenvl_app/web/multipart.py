@@ -23,7 +23,7 @@ from qwenvl_app.errors import BadRequest
 _MAX_HEAD = 16 * 1024
 _CHUNK = 256 * 1024
 # A parameter. A quoted value ends at the first quote that is not escaped (RFC 9110 5.6.4); if that
-# leaves something behind it, at the first quote at all, since browsers escape no backslash and in
+# leaves something after it, at the first quote at all, since browsers escape no backslash and in
 # GBK, Big5 and Shift_JIS one may be half of a character. What is quoted in no such way, or not to
 # its end, goes on to the first semicolon outside of quotes, as in Starlette.
 _PARAMETER = re.compile(

@@ -1,4 +1,4 @@
-"""Whose address a request has that came by way of proxies."""
+"""The client's address, where a request came through proxies."""
 
 from __future__ import annotations
 

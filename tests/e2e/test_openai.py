@@ -22,7 +22,7 @@ ASKED = [{"role": "user", "content": [SHAPE, QUESTION]}]
 
 class Shape(BaseModel):
     shape: Literal["circle", "triangle"]
-    sides: int
+    sides: Literal[0, 3, 4]
 
 
 @pytest.fixture
