@@ -28,7 +28,7 @@ _PATIENCE_S = 10.0  # for the check, which has two seconds of CPU time: on a mac
 
 # As ``json.dumps`` writes it, with an indent or without. More would let a model write blanks for
 # ever, which is still JSON, and which models do whose next word is ruled out.
-_BLANK = r" |\n[ \t]{0,64}"
+_BLANK = r" |\n[ \t]{0,16}"
 # What the library says of a schema, and the keyword that it is about where that is not named.
 _KEYWORDS = (
     (re.compile(r"Unimplemented keys: \[(.*)\]"), None),

@@ -66,7 +66,7 @@ def test_pictures_in_several_turns(client):
 
 def test_an_answer_of_a_schema(client):
     answer = client.chat.completions.parse(
-        model="demo", messages=ASKED, response_format=Shape, max_tokens=100
+        model="demo", messages=ASKED, response_format=Shape, max_tokens=400
     )
     assert isinstance(answer.choices[0].message.parsed, Shape)
 
