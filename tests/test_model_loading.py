@@ -223,12 +223,12 @@ BROKEN = {
     ),
     "a template without pictures": (
         write("chat_template.jinja", b"{{ messages[0].content[1].text }}"),
-        "the chat template does not place one image and behind it the user's text; take the "
+        "the chat template does not place one image and then the user's text; take the "
         "checkpoint's own",
     ),
     "a template with an error": (
         write("chat_template.jinja", b"{% if"),
-        "the chat template does not place one image and behind it the user's text; take the "
+        "the chat template does not place one image and then the user's text; take the "
         "checkpoint's own",
     ),
     "half a config": (cut("config.json", 0.5), f"config.json is not valid JSON; {AGAIN}"),
