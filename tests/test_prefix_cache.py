@@ -186,3 +186,30 @@ def test_the_key_is_of_the_whole_picture():
         before = image_key(picture, "")
         picture.putpixel((2, row), (0, 0, 1))
         assert image_key(picture, "") != before
+
+
+def test_only_what_begins_alike_is_compared(monkeypatch):
+    """A small model keeps thousands, and the engine's thread looked through all of them."""
+    cache = PrefixCache(2000 * KIB)
+    for number in range(1000):
+        cache.put(segment(text("head" + "p" * 30, (4, b"%d" % number))))
+    compared = []
+    whole = Text.common
+
+    def common(self: Text, other: Text) -> int:
+        compared.append(other)
+        return whole(self, other)
+
+    monkeypatch.setattr(Text, "common", common)
+    prefix = cache.get(text("head" + "p" * 30 + "and more", (4, b"500")))
+    assert prefix is not None
+    assert prefix.length == 34
+    assert len(compared) == 1
+
+
+def test_nothing_is_left_of_what_was_dropped():
+    cache = PrefixCache(3 * KIB)
+    for number in range(100):
+        cache.put(segment(text("head" + "p" * 30, (4, b"%d" % number))))
+    assert len(cache) == 3
+    assert sum(map(len, cache._alike.values())) == len(cache._alike) == 3

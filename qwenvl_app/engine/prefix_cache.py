@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,14 @@ class Text:
     def of(cls, ids: Many[int], pictures: Iterable[Mark]) -> Text:
         """Of ``ids``, and of ``pictures`` in order."""
         return cls(np.array(ids, np.int64), tuple(pictures))
+
+    @cached_property
+    def beginning(self) -> tuple[bytes, Mark | None]:
+        """The same for all that have a prefix in common with it that is worth a look."""
+        mark = self.pictures[0] if self.pictures else None
+        if mark and mark[0] < _WORTH:
+            return self.ids[: mark[0]].tobytes(), mark
+        return self.ids[:_WORTH].tobytes(), None
 
     def first(self, length: int) -> Text:
         """Its first tokens."""
@@ -122,6 +131,8 @@ class PrefixCache:
         self.hits = self.misses = 0
         self._whole = whole
         self._segments: list[Segment] = []  # the least recently used first
+        # By their beginning: small models keep thousands, and the engine's thread looks too.
+        self._alike: dict[tuple[bytes, Mark | None], list[Segment]] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -163,6 +174,7 @@ class PrefixCache:
         if self.make_room(segment.bytes):
             with self._lock:
                 self._segments.append(segment)
+                self._alike.setdefault(segment.text.beginning, []).append(segment)
                 self.bytes += segment.bytes
                 self._touch(segment)
 
@@ -176,7 +188,7 @@ class PrefixCache:
     def _find(self, text: Text, *, whole: bool = False, most: int | None = None) -> Prefix | None:
         most = len(text.ids) - 1 if most is None else most
         best: Prefix | None = None
-        for segment in self._segments:
+        for segment in self._alike.get(text.beginning, ()):
             length = min(segment.text.common(text), most)
             if length < segment.length if whole or self._whole else length <= segment.start:
                 continue
@@ -197,10 +209,16 @@ class PrefixCache:
         place = 0
         while self.bytes > most and place < len(self._segments):
             segment = self._segments.pop(place)
+            beginning = segment.text.beginning
+            alike = self._alike[beginning]
+            alike.remove(segment)
             size, held = segment.bytes, weakref.ref(segment)
             del segment  # now it is there only if somebody else holds it
             if (still := held()) is not None:
                 self._segments.insert(place, still)
+                alike.append(still)
                 place += 1
             else:
                 self.bytes -= size
+                if not alike:
+                    del self._alike[beginning]
