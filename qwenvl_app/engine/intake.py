@@ -38,10 +38,11 @@ class Intake:
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
 
     def __call__(self, request: GenerationRequest, arrived: float) -> Sequence:
-        """Raises TooLarge for one that could never fit, before any work, and BadSchema."""
+        """Raises TooLarge for one that could never fit, and BadSchema, before pixels are read."""
         loaded, sampling = self._loaded, request.sampling
         inputs = prepare(loaded, request)
         free = self._free(inputs)
+        matcher = loaded.grammars.matcher(request.constraint, inputs.reasoning)
         prefix = self._find_prefix(request, inputs)
         patcher = loaded.patcher.within(*request.pixels)
         for image, span in zip(request.images, inputs.images, strict=True):
@@ -49,7 +50,6 @@ class Intake:
                 span.pixels = patcher.patches(image)
         most = self._most
         limit = min(sampling.max_new_tokens or most, most, free)
-        matcher = loaded.grammars.matcher(request.constraint, inputs.reasoning)
         defaults = loaded.model.generation_config
         sampler = Sampler(sampling, defaults, inputs.ids, self._runner.device, matcher)
         detokenizer = Detokenizer(loaded.tokenizer, inputs.reasoning)
