@@ -174,6 +174,7 @@ def deep(levels: int) -> str:
 
 
 BROKEN_JSON = {
+    "millions of values": b'{"messages": [' + b"{}," * 2_000_000 + b"{}]}",
     "empty": b"",
     "no JSON": b"hello",
     "cut": b'{"messages": [',
