@@ -121,6 +121,7 @@ class GenerationRequest:
     ``deadline``: a point of ``time.monotonic()`` after which nobody wants the answer.
     ``tools``: functions as the chat template takes them; ``template_options`` go to it too.
     ``logprobs``: alternatives wanted for each token (0: the token's own alone; None: nothing).
+    ``continues``: whether another turn may follow, so that this one's answer is worth keeping.
     ``pixels``: the least and the most that a picture is scaled to; None leaves the checkpoint's.
     """
 
@@ -134,6 +135,7 @@ class GenerationRequest:
     constraint: Constraint | None = None
     logprobs: int | None = None
     pixels: tuple[int | None, int | None] = (None, None)
+    continues: bool = True
 
     @property
     def images(self) -> list[Image]:

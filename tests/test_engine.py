@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 import time
@@ -469,3 +470,12 @@ def test_closing_ends_what_runs_and_what_waits(wild):
         closer.join()
         with pytest.raises(Unavailable):
             engine.submit(request(image))
+
+
+@pytest.mark.parametrize(("continues", "kept"), [(True, 2), (False, 1)])
+def test_an_answer_is_kept_if_a_turn_may_follow(wild, continues: bool, kept: int):
+    """Of a form, which has one question, the picture alone: more cost a tenth of the rate."""
+    asked = dataclasses.replace(random_request(random.Random(1)), continues=continues)
+    with running(wild, prefix_cache_bytes=2**27) as engine:
+        finish(engine.submit(asked))
+        assert len(engine.prefixes) == kept

@@ -212,7 +212,7 @@ class Engine:
         return sequence.reason_to_end(self._intake.ends)
 
     def _end(self, sequence: Sequence, how: FinishReason | ServiceError) -> None:
-        if isinstance(how, FinishReason):  # before whoever goes on from it can ask
+        if sequence.continues and isinstance(how, FinishReason):  # before the next turn can come
             self._executor.keep(sequence, self._scheduler.rows)
         moved = self._scheduler.remove(sequence)
         sequence.finish(how)

@@ -48,7 +48,7 @@ class Sequence:
         prefix: Prefix | None = None,
     ):
         self.request_id, self.params = request.request_id, request.sampling
-        self.deadline = request.deadline
+        self.deadline, self.continues = request.deadline, request.continues
         # Who gets the text in one piece at the end is not woken up for every token.
         self.eager = request.stream or bool(request.sampling.stop)
         self.inputs, self.sampler, self.limit = inputs, sampler, limit

@@ -43,6 +43,7 @@ def blueprint(service: Service) -> Blueprint:
             answering.request_id,
             sampling,
             deadline=answering.deadline.at,
+            continues=False,
         )
         result = "".join(delta.text for delta in answering.generate(asked))
         if not result and record.usage and record.usage.reasoning_tokens:
