@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 import torch
 
-from qwenvl_app.engine import engine as engines
+from qwenvl_app.engine import intake
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.generation import GenerationRequest
 from qwenvl_app.settings import Settings
@@ -55,7 +55,7 @@ def test_every_token_in_float32(exact, attention, tell: Tell):
 class Forced:
     """In a Sampler's place: says what it is told, and keeps the logits it would have drawn from."""
 
-    rng = None
+    rng = matcher = None
 
     def __init__(self, tokens: list[int]):
         self._tokens = iter(tokens)
@@ -117,7 +117,7 @@ def test_bfloat16_is_as_near_to_float32_as_generate_is(half, exact, monkeypatch,
     solos = [alone(half, each) for each in asked]
     truths = [truth(exact, each, tokens) for each, (tokens, _) in zip(asked, solos, strict=True)]
     samplers = [Forced(tokens) for tokens, _ in solos]
-    monkeypatch.setattr(engines, "Sampler", lambda params, *_: samplers[params.seed])
+    monkeypatch.setattr(intake, "Sampler", lambda params, *_: samplers[params.seed])
     with running(half, prefill_chunk=50) as engine:
         sequences = []
         for each in asked:  # they join at different steps
