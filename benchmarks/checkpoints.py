@@ -28,6 +28,9 @@ def write_checkpoint(directory: Path, max_pixels: int = 1024 * 1024) -> None:
         "num_key_value_heads": 4,
     }
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**values))
-    never = values["text_config"]["vocab_size"]  # the first id that there is not
+    # A token whose logit is 0 always, which is never the largest of a thousand random ones.
+    never = values["text_config"]["vocab_size"] - 1
+    with torch.no_grad():
+        model.lm_head.weight[never] = 0
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=never)
     model.save_pretrained(directory)
