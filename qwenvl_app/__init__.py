@@ -22,6 +22,7 @@ from qwenvl_app.web import (
 )
 from qwenvl_app.web.answering import Service
 from qwenvl_app.web.disconnects import Disconnects
+from qwenvl_app.web.image_urls import Fetcher
 from qwenvl_app.web.responses import ContractJSON
 
 
@@ -60,7 +61,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         "has_key": has_key,
     }
     _for_every_route(app, settings, metrics, has_key)
-    service = Service(settings, backend, admission, disconnects, status)
+    service = Service(settings, backend, admission, disconnects, status, Fetcher(settings))
     for routes in (recognize.blueprint(service), chat.blueprint(service), chat.models(settings)):
         app.register_blueprint(routes)
     app.register_blueprint(ops.blueprint(status, metrics))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import request_log
 from qwenvl_app.web.disconnects import Disconnects
+from qwenvl_app.web.image_urls import Fetcher
 
 
 class Service(NamedTuple):
@@ -27,6 +28,7 @@ class Service(NamedTuple):
     admission: Admission
     disconnects: Disconnects
     status: Callable[[], Status]
+    fetcher: Fetcher
 
 
 class Answering:
@@ -57,6 +59,19 @@ class Answering:
     ) -> None:
         """Give back what is still held; what failed is not measured by the admission."""
         self.held.__exit__(kind, error, trace)
+
+    def fetch(self, urls: Mapping[str, str]) -> dict[str, bytes]:
+        """The pictures that are on other hosts; see ``Fetcher.fetch``. Raises ServiceError.
+
+        Before ``admit``: a slow host holds no permit.
+        """
+        if not urls:
+            return {}
+        require_ready(self._service.status())
+        with self.record.stage("fetch"):
+            return self._service.fetcher.fetch(
+                urls, request.content_length or 0, self.deadline, self.request_id
+            )
 
     def admit(self) -> None:
         """Take a permit. Raises ServiceError."""

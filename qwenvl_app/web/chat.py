@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from qwenvl_app.generation import (
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import sse
 from qwenvl_app.web.answering import Answering, Service
-from qwenvl_app.web.chat_schema import ChatMessage, ChatRequest, TextPart
+from qwenvl_app.web.chat_schema import ChatMessage, ChatRequest, ImagePart, TextPart
 from qwenvl_app.web.errors import as_service_error, dumps, openai_error
 from qwenvl_app.web.image_parts import load_image
 from qwenvl_app.web.json_body import read_json
@@ -61,8 +61,9 @@ def blueprint(service: Service) -> Blueprint:
             with answering.record.stage("read"):
                 asked = ChatRequest.parse(read_json(request), settings.max_new_tokens)
                 _check_length(asked, settings.max_prompt_chars)
+            fetched = answering.fetch(_addresses(asked))
             answering.admit()
-            deltas = answering.generate(_request(asked, answering, settings))
+            deltas = answering.generate(_request(asked, answering, settings, fetched))
             answer = _Answer(asked, answering, _name(settings))
             if not asked.stream:
                 return jsonify(answer.whole(deltas))
@@ -85,11 +86,27 @@ def _check_length(asked: ChatRequest, most: int) -> None:
         raise TooLarge(f"messages: {length} characters, and the limit is {most}.")
 
 
-def _request(asked: ChatRequest, answering: Answering, settings: Settings) -> GenerationRequest:
+def _addresses(asked: ChatRequest) -> dict[str, str]:
+    """The URLs of pictures that are elsewhere, each with the field it stands in."""
+    return {
+        part.image_url.url: _where(number, place)
+        for number, message in enumerate(asked.messages)
+        for place, part in enumerate(message.parts)
+        if isinstance(part, ImagePart) and not part.image_url.url.startswith("data:")
+    }
+
+
+def _where(number: int, place: int) -> str:
+    return f"messages.{number}.content.{place}.image_url"
+
+
+def _request(
+    asked: ChatRequest, answering: Answering, settings: Settings, fetched: Mapping[str, bytes]
+) -> GenerationRequest:
     """What the backend is asked; pictures are decoded here, under the permit."""
     with answering.record.stage("image"):
         messages = tuple(
-            _message(message, number, answering, settings)
+            _message(message, number, answering, settings, fetched)
             for number, message in enumerate(asked.messages)
         )
     options, pixels = asked.chat_template_kwargs, asked.mm_processor_kwargs
@@ -107,7 +124,11 @@ def _request(asked: ChatRequest, answering: Answering, settings: Settings) -> Ge
 
 
 def _message(
-    message: ChatMessage, number: int, answering: Answering, settings: Settings
+    message: ChatMessage,
+    number: int,
+    answering: Answering,
+    settings: Settings,
+    fetched: Mapping[str, bytes],
 ) -> Message:
     content: list[str | Image] = []
     for place, part in enumerate(message.parts):
@@ -115,11 +136,11 @@ def _message(
             content.append(part.text)
             continue
         answering.deadline.check()
-        where = f"messages.{number}.content.{place}.image_url"
+        where = _where(number, place)
         # The limit is for all of them: a small body may hold many that are large once decoded.
         pixels = answering.record.pixels or 0
         left = settings.max_image_megapixels - pixels / 1e6
-        image = load_image(part.image_url.url, where, left)
+        image = load_image(part.image_url.url, where, left, fetched)
         answering.record.pixels = pixels + image.width * image.height
         content.append(image)
     role = "system" if message.role == "developer" else message.role
