@@ -17,6 +17,7 @@ from flask.testing import FlaskClient
 from PIL import Image
 
 from qwenvl_app import create_app
+from qwenvl_app.generation import Phase, Status
 from qwenvl_app.settings import SettingsError, load_settings
 from qwenvl_app.web import image_urls, transfer
 from tests import image_host
@@ -204,6 +205,7 @@ SPELLINGS = [
     "https://NAME:PORT/a\r\nHost: 127.0.0.1",
     "https://NAME:PORT/a\x00",
     "https://NAME:PORT/图.png",
+    "https://NAME:PORT/ſ.png",
     " https://NAME:PORT/a.png",
     "https://NAME:PORT/a.png\n",
     "https://NAME:PORT/" + "a" * 9000,
@@ -332,6 +334,13 @@ def test_the_next_address_where_one_does_not_answer(client, url: str, dns: False
     assert client.post(ROUTE, json=ask(f"{url}/a.png")).status_code == 200
 
 
+def test_nothing_is_fetched_for_a_model_that_is_loading(client, backend, host, url: str):
+    backend.phase = Status(Phase.LOADING)
+    response = client.post(ROUTE, json=ask(f"{url}/a.png"))
+    assert (response.status_code, response.json["error"]["code"]) == (503, "loading")
+    assert host.accepted == 0
+
+
 def test_a_name_that_is_unknown(client, url: str, dns: FalseDNS):
     del dns.answers[NAME]
     assert "cannot be fetched" in refused(client.post(ROUTE, json=ask(f"{url}/a.png")))
@@ -383,6 +392,8 @@ def test_a_host_that_is_slow(client, monkeypatch, url: str, path: str):
     """The time is for all: each byte of a trickle is in time."""
     monkeypatch.setattr(image_urls, "_TOTAL_S", 0.2)
     assert "in time" in refused(client.post(ROUTE, json=ask(url + path)))
+    # While the host goes on: its connection has been cut.
+    until(lambda: "transfer" not in {thread.name for thread in threading.enumerate()}, 5)
 
 
 def test_a_handshake_that_does_not_end(make: Make, monkeypatch, reachable):
