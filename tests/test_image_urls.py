@@ -8,6 +8,8 @@ import logging
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from tests.image_host import NAME, FalseDNS, ImageHost
 from tests.waiting import until
 
 ROUTE = "/v1/chat/completions"
+ROOT = Path(__file__).resolve().parent.parent
 REAL_CHECK = transfer.is_public
 Make = Callable[..., FlaskClient]
 
@@ -481,6 +484,25 @@ def test_a_slow_host_holds_no_permit(make: Make, backend, reachable, host: Image
     for thread in slow:
         thread.join(20)
     assert len(backend.requests) == 1
+
+
+def test_who_fetches_has_threads_of_their_own():
+    code = "import runpy; print(runpy.run_path('config/gunicorn.conf.py')['threads'])"
+    counts = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code],
+                env=os.environ | {"QWENVL_IMAGE_HOSTS": hosts},
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+                timeout=60,
+            ).stdout
+        )
+        for hosts in ("", NAME)
+    ]
+    fetcher = image_urls.Fetcher(load_settings({}))
+    assert counts[1] - counts[0] == fetcher.admission.permits == 20
 
 
 @pytest.mark.parametrize(
