@@ -15,6 +15,7 @@ from qwenvl_app.web import (
     cors,
     errors,
     ops,
+    page,
     proxies,
     recognize,
     request_id,
@@ -64,6 +65,8 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     for routes in (recognize.blueprint(service), chat.blueprint(service), chat.models(settings)):
         app.register_blueprint(routes)
     app.register_blueprint(ops.blueprint(status, metrics))
+    if settings.page == "on":
+        app.register_blueprint(page.blueprint())
     return app
 
 

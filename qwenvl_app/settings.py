@@ -82,6 +82,7 @@ class Settings(BaseModel):
     max_prompt_chars: int = Field(ge=1)
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_split)]
     cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_split)]
+    page: Literal["on", "off"]
     log_format: Literal["text", "json"]
     trusted_hops: int = Field(ge=0, le=16)
 
