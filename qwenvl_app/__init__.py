@@ -62,12 +62,18 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     }
     _for_every_route(app, settings, metrics, has_key)
     service = Service(settings, backend, admission, disconnects, status)
-    for routes in (recognize.blueprint(service), chat.blueprint(service), chat.models(settings)):
-        app.register_blueprint(routes)
-    app.register_blueprint(ops.blueprint(status, metrics))
+    _register_routes(app, service, metrics)
+    return app
+
+
+def _register_routes(app: Flask, service: Service, metrics: Metrics) -> None:
+    settings = service.settings
+    app.register_blueprint(recognize.blueprint(service))
+    app.register_blueprint(chat.blueprint(service))
+    app.register_blueprint(chat.models(settings))
+    app.register_blueprint(ops.blueprint(service.status, metrics))
     if settings.page == "on":
         app.register_blueprint(page.blueprint())
-    return app
 
 
 def _flask(settings: Settings) -> Flask:
