@@ -95,14 +95,14 @@ class ScriptedGeneration:
     """One answer. ``cancelled`` counts how often the service gave it up or let it go."""
 
     def __init__(self, backend: ScriptedBackend, pieces: list[str], deadline: float | None):
-        self._backend, self._pieces = backend, pieces
+        self._backend, self.pieces = backend, pieces
         self._deadline = deadline or time.monotonic() + _LONGEST_S
         self.cancelled = 0
 
     def __iter__(self) -> Iterator[Delta]:
         """The pieces as deltas. Raises DeadlineExceeded, and the backend's ``failure``."""
         backend, written = self._backend, 0
-        for piece in self._pieces or [""]:
+        for piece in self.pieces or [""]:
             if not self._wait(backend.apart_s if written else backend.delay_s):
                 yield Delta("", FinishReason.CANCELLED, Usage(10, written))
                 return

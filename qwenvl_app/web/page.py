@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flask import Blueprint, Response, render_template, send_from_directory
+from flask import Blueprint, Response, make_response, render_template, request, send_from_directory
 
 from qwenvl_app.version import VERSION
 
@@ -43,6 +43,11 @@ def blueprint() -> Blueprint:
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
         return response
+
+    @routes.before_app_request
+    def without_a_path() -> Response | None:
+        """``http://host`` is ``http://host/`` (RFC 3986, 6.2.3), with no redirect to any Host."""
+        return None if request.environ["PATH_INFO"] else protect(make_response(page()))
 
     return routes
 
