@@ -15,6 +15,7 @@ from qwenvl_app.web import (
     cors,
     errors,
     ops,
+    page,
     proxies,
     recognize,
     request_id,
@@ -62,10 +63,18 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     }
     _for_every_route(app, settings, metrics, has_key)
     service = Service(settings, backend, admission, disconnects, status, Fetcher(settings))
-    for routes in (recognize.blueprint(service), chat.blueprint(service), chat.models(settings)):
-        app.register_blueprint(routes)
-    app.register_blueprint(ops.blueprint(status, metrics))
+    _register_routes(app, service, metrics)
     return app
+
+
+def _register_routes(app: Flask, service: Service, metrics: Metrics) -> None:
+    settings = service.settings
+    app.register_blueprint(recognize.blueprint(service))
+    app.register_blueprint(chat.blueprint(service))
+    app.register_blueprint(chat.models(settings))
+    app.register_blueprint(ops.blueprint(service.status, metrics))
+    if settings.page == "on":
+        app.register_blueprint(page.blueprint())
 
 
 def _flask(settings: Settings) -> Flask:

@@ -102,6 +102,7 @@ class Settings(BaseModel):
     image_hosts: Annotated[tuple[ImageHost, ...], BeforeValidator(_split)]
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_split)]
     cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_split)]
+    page: Literal["on", "off"]
     log_format: Literal["text", "json"]
     trusted_hops: int = Field(ge=0, le=16)
 

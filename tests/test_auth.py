@@ -81,7 +81,7 @@ def test_health_stays_open(guarded, path):
     assert guarded.get(path).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/nope", ROUTE, "/livez/../x", "//livez", "/LIVEZ"])
+@pytest.mark.parametrize("path", ["/nope", ROUTE, "/livez/../x", "/livez/", "/LIVEZ"])
 def test_nothing_else_does(guarded, path):
     assert guarded.get(path).status_code == 401
 
@@ -105,3 +105,11 @@ def test_a_key_is_never_shown(value):
     assert "12345" not in str(error.value)
     assert "secret" not in repr(load_settings({}, api_keys=["secret-1"]))
     assert "secret" not in load_settings({}, api_keys=["secret-1"]).model_dump_json()
+
+
+@pytest.mark.parametrize("path", ["/", "", "/static/page.js", "/samples/red-circle.png"])
+def test_the_page_stays_open_to_be_given_a_key(guarded, path):
+    answer = guarded.get("/", environ_overrides={"PATH_INFO": path})
+    answer.close()
+    assert answer.status_code == 200
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]

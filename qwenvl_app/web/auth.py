@@ -10,8 +10,10 @@ from pydantic import SecretStr
 
 from qwenvl_app.errors import Unauthorized
 
-# For whoever watches the service; they tell nothing about requests.
-OPEN = frozenset(("/livez", "/readyz", "/health", "/metrics"))
+# For whoever watches the service, and the page, which must be there to be given a key; they tell
+# nothing about requests.
+OPEN = frozenset(("/", "/livez", "/readyz", "/health", "/metrics"))
+_OPEN_FILES = ("/static/", "/samples/")
 
 
 Judge = Callable[[str], bool]
@@ -43,5 +45,7 @@ def register(app: Flask, has_key: Judge) -> None:
 
     @app.before_request
     def check() -> None:
-        if request.path not in OPEN and not has_key(request.headers.get("Authorization", "")):
+        if request.path in OPEN or request.path.startswith(_OPEN_FILES):
+            return
+        if not has_key(request.headers.get("Authorization", "")):
             raise Unauthorized

@@ -19,6 +19,7 @@ from qwenvl_app.generation import (
     TokenLogprob,
     Usage,
 )
+from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import sse
 from qwenvl_app.web.answering import Answering, Service
@@ -170,8 +171,7 @@ class _Answer:
             "logprobs": self._logprobs(tuple(one for part in parts for one in part.logprobs)),
             "finish_reason": _finish(self._answering.record.finish_reason),
         }
-        usage = _usage(self._answering.record.usage)
-        return self._head | {"object": "chat.completion", "choices": [choice], "usage": usage}
+        return self._head | {"object": "chat.completion", "choices": [choice]} | self._account()
 
     def events(self, deltas: Iterator[Delta]) -> Iterator[str]:
         """``chat.completion.chunk`` events; an error in mid-stream is one, too."""
@@ -185,13 +185,16 @@ class _Answer:
                     yield self._chunk(said, self._logprobs(delta.logprobs))
             yield self._chunk({}, finish=_finish(self._answering.record.finish_reason))
             if self._asked.stream_options and self._asked.stream_options.include_usage:
-                usage = _usage(self._answering.record.usage)
-                yield self._event({"choices": [], "usage": usage})
+                yield self._event({"choices": []} | self._account())
         except Exception as failure:
             error = as_service_error(failure, self._answering.request_id)
             self._answering.record.reason = error.reason
             yield sse.event(dumps(openai_error(error, self._answering.request_id)))
         yield sse.DONE
+
+    def _account(self) -> Json:
+        record = self._answering.record
+        return {"usage": _usage(record.usage), "timings": _timings(record)}
 
     def _chunk(self, delta: Json, logprobs: Json | None = None, finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -215,6 +218,19 @@ def _token(token: TokenLogprob) -> Json:
 def _finish(reason: FinishReason | None) -> str:
     """In OpenAI's words; an answer that repeats itself was cut."""
     return "stop" if reason is FinishReason.STOP else "length"
+
+
+def _timings(record: RequestRecord) -> Json:
+    """Milliseconds of each stage; a field of that name is llama-server's, too."""
+    seconds = {name: record.stages.get(name, 0.0) for name in ("read", "queue", "image")}
+    if timings := record.timings:
+        seconds["queue"] += timings.queue
+        seconds |= {
+            "preprocess": timings.preprocess,
+            "prefill": timings.prefill,
+            "decode": timings.decode,
+        }
+    return {f"{name}_ms": round(value * 1000, 1) for name, value in seconds.items()}
 
 
 def _usage(usage: Usage | None) -> Json:
