@@ -81,6 +81,7 @@ class Settings(BaseModel):
     max_field_kb: int = Field(ge=1)
     max_prompt_chars: int = Field(ge=1)
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_split)]
+    max_requests_per_key: int = Field(ge=0)
     cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_split)]
     page: Literal["on", "off"]
     log_format: Literal["text", "json"]

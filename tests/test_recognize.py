@@ -403,8 +403,18 @@ def test_no_memory_for_a_picture(app, post, monkeypatch, error):
 @pytest.mark.parametrize("path", ["//v1/image/recognize", "/v1//image/recognize", "//evil.example"])
 def test_slashes_are_no_redirect(client, path):
     """Werkzeug redirects, in HTML, to wherever the Host header says; the original did not."""
-    answer = client.post(path, headers={"Host": "evil.example"})
+    answer = client.post(
+        "/", headers={"Host": "evil.example"}, environ_overrides={"PATH_INFO": path}
+    )
     assert (answer.status_code, answer.json) == (404, {"detail": "Not Found"})
+
+
+def test_an_absolute_url_without_a_path_is_no_redirect(client):
+    """``GET http://evil.example HTTP/1.1``, of which a WSGI server makes an empty path."""
+    for method, status in (("GET", 200), ("HEAD", 200), ("POST", 405)):
+        answer = client.open("/", method=method, environ_overrides={"PATH_INFO": ""})
+        assert answer.status_code == status
+        assert "Location" not in answer.headers
 
 
 def post_with(app, **environ):
