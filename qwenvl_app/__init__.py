@@ -8,6 +8,7 @@ from qwenvl_app.backends import Backend, build
 from qwenvl_app.generation import Status
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.metrics import Metrics
+from qwenvl_app.service.quota import Quota
 from qwenvl_app.settings import Settings, current
 from qwenvl_app.web import (
     auth,
@@ -48,7 +49,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         disconnects.close()
         backend.close()
 
-    has_key = auth.judge(settings.api_keys)
+    keys = auth.Keys(settings.api_keys)
     metrics = Metrics(admission, status, backend.stats)
     app = _flask(settings)
     app.extensions["qwenvl"] = {
@@ -59,10 +60,11 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         "drain": admission.drain,
         "close": close,
         "refused": metrics.refuse,
-        "has_key": has_key,
+        "has_key": keys.admit,
     }
-    _for_every_route(app, settings, metrics, has_key)
-    service = Service(settings, backend, admission, disconnects, status, Fetcher(settings))
+    _for_every_route(app, settings, metrics, keys)
+    quota, fetcher = Quota(settings.max_requests_per_key), Fetcher(settings)
+    service = Service(settings, backend, admission, quota, disconnects, status, fetcher)
     _register_routes(app, service, metrics)
     return app
 
@@ -90,10 +92,10 @@ def _flask(settings: Settings) -> Flask:
     return app
 
 
-def _for_every_route(app: Flask, settings: Settings, metrics: Metrics, has_key: auth.Judge) -> None:
+def _for_every_route(app: Flask, settings: Settings, metrics: Metrics, keys: auth.Keys) -> None:
     """Records, ids, errors, CORS and keys, in the order in which they see a request."""
     request_log.register(app, metrics)
     request_id.register(app)
     errors.register(app)
     cors.register(app, settings.cors_origins)  # before the keys: a preflight can't carry one
-    auth.register(app, has_key)
+    auth.register(app, keys)

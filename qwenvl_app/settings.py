@@ -101,6 +101,7 @@ class Settings(BaseModel):
     max_prompt_chars: int = Field(ge=1)
     image_hosts: Annotated[tuple[ImageHost, ...], BeforeValidator(_split)]
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_split)]
+    max_requests_per_key: int = Field(ge=0)
     cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_split)]
     page: Literal["on", "off"]
     log_format: Literal["text", "json"]

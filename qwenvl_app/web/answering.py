@@ -13,6 +13,7 @@ from qwenvl_app.backends import Backend, require_ready
 from qwenvl_app.generation import Delta, GenerationRequest, Status
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.deadline import Deadline
+from qwenvl_app.service.quota import Quota
 from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import request_log
@@ -26,6 +27,7 @@ class Service(NamedTuple):
     settings: Settings
     backend: Backend
     admission: Admission
+    quota: Quota
     disconnects: Disconnects
     status: Callable[[], Status]
     fetcher: Fetcher
@@ -76,6 +78,7 @@ class Answering:
     def admit(self) -> None:
         """Take a permit. Raises ServiceError."""
         require_ready(self._service.status())
+        self.held.enter_context(self._service.quota.hold(self.record.key))
         waited = self.held.enter_context(self._service.admission.admit(self.deadline))
         self.record.stages["queue"] = waited
 

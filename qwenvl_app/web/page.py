@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flask import Blueprint, Response, make_response, render_template, request, send_from_directory
+from werkzeug.exceptions import MethodNotAllowed
 
 from qwenvl_app.version import VERSION
 
@@ -47,7 +48,11 @@ def blueprint() -> Blueprint:
     @routes.before_app_request
     def without_a_path() -> Response | None:
         """``http://host`` is ``http://host/`` (RFC 3986, 6.2.3), with no redirect to any Host."""
-        return None if request.environ["PATH_INFO"] else protect(make_response(page()))
+        if request.environ["PATH_INFO"]:
+            return None
+        if request.method not in ("GET", "HEAD"):
+            raise MethodNotAllowed(("GET", "HEAD"))
+        return protect(make_response(page()))
 
     return routes
 
