@@ -13,6 +13,7 @@ from qwenvl_app.web import (
     auth,
     chat,
     cors,
+    docs,
     errors,
     ops,
     proxies,
@@ -60,10 +61,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         "has_key": has_key,
     }
     _for_every_route(app, settings, metrics, has_key)
-    service = Service(settings, backend, admission, disconnects, status)
-    for routes in (recognize.blueprint(service), chat.blueprint(service), chat.models(settings)):
-        app.register_blueprint(routes)
-    app.register_blueprint(ops.blueprint(status, metrics))
+    _routes(app, Service(settings, backend, admission, disconnects, status), metrics)
     return app
 
 
@@ -78,6 +76,15 @@ def _flask(settings: Settings) -> Flask:
     if hops := settings.trusted_hops:
         app.wsgi_app = proxies.trust(app.wsgi_app, hops)  # type: ignore[method-assign]
     return app
+
+
+def _routes(app: Flask, service: Service, metrics: Metrics) -> None:
+    """All that is answered."""
+    app.register_blueprint(recognize.blueprint(service))
+    app.register_blueprint(chat.blueprint(service))
+    app.register_blueprint(chat.models(service.settings))
+    app.register_blueprint(ops.blueprint(service.status, metrics))
+    app.register_blueprint(docs.blueprint())
 
 
 def _for_every_route(app: Flask, settings: Settings, metrics: Metrics, has_key: auth.Judge) -> None:

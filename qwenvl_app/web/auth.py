@@ -9,9 +9,10 @@ from flask import Flask, request
 from pydantic import SecretStr
 
 from qwenvl_app.errors import Unauthorized
+from qwenvl_app.web import docs
 
-# For whoever watches the service; they tell nothing about requests.
-OPEN = frozenset(("/livez", "/readyz", "/health", "/metrics"))
+# For whoever watches the service, and what the API is; they tell nothing about requests.
+OPEN = docs.PATHS | {"/livez", "/readyz", "/health", "/metrics"}
 
 
 Judge = Callable[[str], bool]

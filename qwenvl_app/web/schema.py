@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from qwenvl_app.errors import InvalidForm
+from qwenvl_app.web import examples
 from qwenvl_app.web.forms import Form, Upload
 
 _ECHO = 1000  # characters of a wrong field that come back
@@ -23,8 +24,12 @@ class RecognizeForm(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    prompt: str
-    image: Annotated[Upload, PlainValidator(_expect_upload)]
+    prompt: str = Field(examples=examples.PROMPTS)
+    image: Annotated[
+        Upload,
+        PlainValidator(_expect_upload),
+        WithJsonSchema({"type": "string", "format": "binary"}),
+    ]
 
     @classmethod
     def parse(cls, form: Form) -> RecognizeForm:
