@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -87,6 +88,9 @@ def test_examples_fit_their_schemas(content):
     values += [example["value"] for example in content.get("examples", {}).values()]
     for value in values:
         assert not problems(value, content["schema"])
+        if "data" in value:  # of an event; JSON in it is not judged by jsonschema
+            _, told = content["schema"]["properties"]["data"]["anyOf"]
+            assert not problems(json.loads(value["data"]), told["contentSchema"])
 
 
 def test_questions_and_answers_are_shown_in_both_languages():
@@ -96,17 +100,32 @@ def test_questions_and_answers_are_shown_in_both_languages():
         assert operation["summary"]
 
 
+def events(answer) -> list[str]:
+    return re.findall(r"^data: (.*)$", answer.text, re.MULTILINE)
+
+
 def test_answers_have_no_field_that_is_not_declared(client):
     answer = client.post(ROUTE, data=GOOD, content_type=MULTIPART)
     answers.RecognizeAnswer.model_validate(answer.json, extra="forbid")
+    asked = {"data": GOOD, "content_type": MULTIPART, "headers": {"Accept": "text/event-stream"}}
+    *pieces, last = events(client.post(ROUTE, **asked, buffered=True))
+    assert len(pieces) == 3
+    for piece in pieces:
+        answers.RecognizeDelta.model_validate_json(piece, extra="forbid")
+    answers.RecognizeEnd.model_validate_json(last, extra="forbid")
+
+
+def test_chat_answers_have_no_field_that_is_not_declared(client):
     asked = ASKED | {"logprobs": True, "top_logprobs": 1}
     answers.ChatCompletion.model_validate(client.post(CHAT, json=asked).json, extra="forbid")
     asked = ASKED | {"stream": True, "stream_options": {"include_usage": True}}
-    events = client.post(CHAT, json=asked, buffered=True).text.split("\n\n")
-    chunks = [event.removeprefix("data: ") for event in events if event]
-    assert len(chunks) > 3
-    for chunk in chunks[:-1]:  # and [DONE]
+    *chunks, done = events(client.post(CHAT, json=asked, buffered=True))
+    assert (len(chunks) > 3, done) == (True, "[DONE]")
+    for chunk in chunks:
         answers.ChatCompletionChunk.model_validate_json(chunk, extra="forbid")
+
+
+def test_what_is_got_has_no_field_that_is_not_declared(client):
     for path, model in (
         ("/v1/models", answers.ModelList),
         ("/livez", answers.Alive),

@@ -14,6 +14,28 @@ class RecognizeAnswer(BaseModel):
     result: str
 
 
+class FormUsage(BaseModel):
+    """Tokens read and written; those cached are of the prompt, reasoning is of the answer."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    reasoning_tokens: int
+
+
+class RecognizeDelta(BaseModel):
+    """A piece of the answer."""
+
+    delta: str
+
+
+class RecognizeEnd(RecognizeAnswer):
+    """The whole answer, why it ended, and what it took."""
+
+    finish_reason: Literal["stop", "length", "repetition"] | None
+    usage: FormUsage | None
+
+
 class Error(BaseModel):
     """What went wrong, in Chinese."""
 

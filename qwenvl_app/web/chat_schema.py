@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qwenvl_app.generation import Constraint, SamplingParams
 from qwenvl_app.web.errors import InvalidParameter
+from qwenvl_app.web.sampling_fields import SamplingFields, StopText
 
 _MAX_MESSAGES = 1000
 _MAX_PARTS = 1000
@@ -106,10 +107,7 @@ class JsonSchemaFormat(_Model):
 ResponseFormat = Annotated[TextFormat | JsonObject | JsonSchemaFormat, Field(discriminator="type")]
 
 
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-
-
-class ChatRequest(_Model):
+class ChatRequest(_Model, SamplingFields):
     """``user``, ``metadata`` and ``store`` are taken and have no effect: nothing is stored."""
 
     model: str | None = None
@@ -118,19 +116,7 @@ class ChatRequest(_Model):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=2**31 - 1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: float | None = Field(default=None, gt=0, le=2)
-    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=1000)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4)]
-        | None
-    ) = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     ignore_eos: bool | None = None
     n: Literal[1] | None = None
     logprobs: bool | None = None
@@ -184,15 +170,8 @@ class ChatRequest(_Model):
         """How to generate; what was not sent is the checkpoint's."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(
+            **self.sent(),
             max_new_tokens=self.limit,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            seed=self.seed,
             stop=stop,
             ignore_eos=bool(self.ignore_eos),
             repetition_limit=repetition_limit,

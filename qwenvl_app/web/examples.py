@@ -45,28 +45,28 @@ def _answered(text: str, prompt_tokens: int, tokens: int) -> dict[str, Any]:
     }
 
 
+def _chunk(text: str) -> dict[str, Any]:
+    choice = f'{{"index":0,"delta":{{"content":"{text}"}},"logprobs":null,"finish_reason":null}}'
+    return {
+        "data": '{"id":"chatcmpl-6f1c2b0e","created":1795737600,"model":"demo",'
+        f'"object":"chat.completion.chunk","choices":[{choice}]}}'
+    }
+
+
 ANSWER = _both(
     {"status": "success", "result": "图中有一个红色的圆形。"},
     {"status": "success", "result": "circle"},
 )
 EVENTS = _both(
-    'data: {"delta":"图中有"}\n\ndata: {"delta":"一个红色的圆形。"}\n\n'
-    'data: {"status":"success","result":"图中有一个红色的圆形。","finish_reason":"stop","usage":'
-    '{"prompt_tokens":23,"completion_tokens":11,"cached_tokens":0,"reasoning_tokens":0}}\n\n',
-    'data: {"delta":"circle"}\n\n'
-    'data: {"status":"success","result":"circle","finish_reason":"stop","usage":'
-    '{"prompt_tokens":21,"completion_tokens":2,"cached_tokens":0,"reasoning_tokens":0}}\n\n',
+    {"data": '{"delta":"图中有"}'},
+    {
+        "data": '{"status":"success","result":"circle","finish_reason":"stop","usage":'
+        '{"prompt_tokens":21,"completion_tokens":2,"cached_tokens":0,"reasoning_tokens":0}}'
+    },
 )
 CHAT_QUESTION = _both(*map(_asked, PROMPTS))
 CHAT_ANSWER = _both(_answered("图中有一个红色的圆形。", 23, 11), _answered("circle", 21, 2))
-CHAT_EVENTS: Examples = {
-    "english": {
-        "summary": "English",
-        "value": 'data: {"id":"chatcmpl-6f1c2b0e","created":1795737600,"model":"demo","object":'
-        '"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"circle"},'
-        '"logprobs":null,"finish_reason":null}]}\n\ndata: [DONE]\n\n',
-    }
-}
+CHAT_EVENTS = _both(_chunk("图中有"), _chunk("circle"))
 CHAT_ERROR = {
     "error": {
         "message": "The service is busy; try again later. (request 6f1c2b0e)",

@@ -77,9 +77,10 @@ def _recognize() -> Json:
     }
     counts = [f"X-{name}-Tokens" for name in ("Prompt", "Cached", "Completion", "Reasoning")]
     events = events_of(
-        "`delta`, a piece of the answer; at last `status`, `result`, `finish_reason` and `usage`. "
-        "An event `error` has a `detail`. Sent to who asks with `Accept: text/event-stream`.",
+        "Sent to who asks with `Accept: text/event-stream`: pieces, and at last the whole answer. "
+        "An event `error` ends it too.",
         examples.EVENTS,
+        *(answers.RecognizeDelta, answers.RecognizeEnd, answers.Error),
     )
     answer = json_of(schema_of(answers.RecognizeAnswer), examples=examples.ANSWER) | events
     invalid = json_of(schema_of(answers.FormError), example=examples.FORM_ERROR)
@@ -100,8 +101,9 @@ def _recognize() -> Json:
 
 def _chat() -> Json:
     events = events_of(
-        "a `ChatCompletionChunk` each, or a `ChatError`; at last `[DONE]`. Sent with `stream`.",
+        "Sent with `stream`; `[DONE]` is the last.",
         examples.CHAT_EVENTS,
+        *(answers.ChatCompletionChunk, answers.ChatError),
     )
     answer = json_of(schema_of(answers.ChatCompletion), examples=examples.CHAT_ANSWER) | events
     post = _operation(

@@ -16,6 +16,7 @@ Json = dict[str, Any]
 
 _MODELS: tuple[type[BaseModel], ...] = (
     *(RecognizeForm, answers.RecognizeAnswer, answers.Error, answers.FormError),
+    *(answers.RecognizeDelta, answers.RecognizeEnd),
     *(ChatRequest, answers.ChatCompletion, answers.ChatCompletionChunk, answers.ChatError),
     *(answers.ModelList, answers.Alive, answers.Readiness),
 )
@@ -31,6 +32,10 @@ def components() -> Json:
     _, schemas = models_json_schema(
         [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
     )
+    for schema in schemas["$defs"].values():  # what is required is what one looks for first
+        required = schema.get("required", ())
+        fields = schema.get("properties", {}).items()
+        schema["properties"] = dict(sorted(fields, key=lambda field: field[0] not in required))
     return {
         "schemas": schemas["$defs"],
         "headers": _headers(),
@@ -98,10 +103,21 @@ def json_of(schema: Json, **more: Any) -> Json:
     return {"application/json": {"schema": schema, **more}}
 
 
-def events_of(told: str, shown: examples.Examples) -> Json:
-    """The content of a stream; OpenAPI 3.1 has no schema for its events, which ``told`` says."""
-    described = f"Events (WHATWG HTML, 9.2): {told}"
-    schema = {"type": "string", "description": described}
+def events_of(told: str, shown: examples.Examples, *models: type[BaseModel]) -> Json:
+    """The content of a stream (WHATWG HTML, 9.2): the schema is that of one event.
+
+    OpenAPI has words for that from 3.2 on. ``data`` is JSON of one of ``models``, or ``[DONE]``.
+    """
+    told_json = {"contentMediaType": "application/json", "contentSchema": schema_of(*models)}
+    schema = {
+        "type": "object",
+        "description": told,
+        "properties": {
+            "data": {"type": "string", "anyOf": [{"const": "[DONE]"}, told_json]},
+            "event": {"enum": ["message", "error"]},
+        },
+        "required": ["data"],
+    }
     return {"text/event-stream": {"schema": schema, "examples": shown}}
 
 
