@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from qwenvl_app.web import answers, examples
 from qwenvl_app.web.chat_schema import ChatRequest
+from qwenvl_app.web.forms import Upload
 from qwenvl_app.web.schema import RecognizeForm
 
 Json = dict[str, Any]
@@ -29,15 +30,8 @@ _OF_STATUS = {401: "WWW-Authenticate", 405: "Allow", 503: "Retry-After"}
 
 def components() -> Json:
     """The ``components`` of the document."""
-    _, schemas = models_json_schema(
-        [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
-    )
-    for schema in schemas["$defs"].values():  # what is required is what one looks for first
-        required = schema.get("required", ())
-        fields = schema.get("properties", {}).items()
-        schema["properties"] = dict(sorted(fields, key=lambda field: field[0] not in required))
     return {
-        "schemas": schemas["$defs"],
+        "schemas": _schemas(),
         "headers": _headers(),
         "responses": {f"error{status}": _error(status) for status in examples.DETAILS}
         | {f"chatError{status}": _chat_error(status) for status in GENERATING},
@@ -57,6 +51,25 @@ def components() -> Json:
             }
         },
     }
+
+
+def _schemas() -> Json:
+    _, made = models_json_schema(
+        [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
+    )
+    schemas: Json = made["$defs"]
+    del schemas[Upload.__name__]  # pydantic's view of what a file becomes
+    for schema in schemas.values():  # what is required is what one looks for first
+        required = schema.get("required", ())
+        fields = schema.get("properties", {}).items()
+        schema["properties"] = dict(sorted(fields, key=lambda field: field[0] not in required))
+    # A form has no null: a field is sent or not, and an empty one counts as not sent. Swagger UI
+    # would send the word, or the bound of a number.
+    for field in schemas[RecognizeForm.__name__]["properties"].values():
+        if kinds := field.pop("anyOf", None):
+            del field["default"]
+            field.update(next(kind for kind in kinds if kind != {"type": "null"}), examples=[""])
+    return schemas
 
 
 def _headers() -> Json:

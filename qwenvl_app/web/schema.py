@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import (
-    Field,
-    PlainValidator,
-    ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-)
+from pydantic import Field, PlainValidator, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticKnownError
 
 from qwenvl_app.errors import InvalidForm
@@ -33,11 +26,7 @@ class RecognizeForm(SamplingFields):
     """The two fields of ``POST /v1/image/recognize``, and those that may be sent with them."""
 
     prompt: str = Field(examples=examples.PROMPTS, json_schema_extra={"minLength": 1})
-    image: Annotated[
-        Upload,
-        PlainValidator(_expect_upload),
-        WithJsonSchema({"type": "string", "format": "binary"}),
-    ]
+    image: Annotated[Upload, PlainValidator(_expect_upload, json_schema_input_type=bytes)]
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="The longest answer, in tokens."
     )
