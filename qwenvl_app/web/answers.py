@@ -151,6 +151,17 @@ class Usage(BaseModel):
     completion_tokens_details: CompletionDetails
 
 
+class Timings(BaseModel):
+    """What each stage took, in milliseconds; the last three are the model's."""
+
+    read_ms: float
+    queue_ms: float
+    image_ms: float
+    preprocess_ms: float | None = None
+    prefill_ms: float | None = None
+    decode_ms: float | None = None
+
+
 class ChatCompletion(BaseModel):
     """An answer in one piece; ``created`` is in seconds since 1970."""
 
@@ -160,6 +171,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
+    timings: Timings
 
 
 class FunctionDelta(BaseModel):
@@ -205,6 +217,7 @@ class ChatCompletionChunk(BaseModel):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    timings: Timings | None = None
 
 
 class Model(BaseModel):

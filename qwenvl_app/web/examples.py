@@ -42,6 +42,7 @@ def _answered(text: str, prompt_tokens: int, tokens: int) -> dict[str, Any]:
             "prompt_tokens_details": {"cached_tokens": 0},
             "completion_tokens_details": {"reasoning_tokens": 0},
         },
+        "timings": {"read_ms": 0.3, "queue_ms": 0.0, "image_ms": 1.1},
     }
 
 
@@ -90,6 +91,7 @@ DETAILS = {
     413: "上传的内容超过 20 MB 的限制。",
     414: "请求的网址过长。",
     417: "不支持请求首部 Expect 的内容。",
+    429: "此 API 密钥同时进行的请求已达上限，请稍后重试。",
     431: "请求的首部过多或过长。",
     500: "服务器内部错误: 处理请求时发生意外错误，请稍后重试。（请求编号 6f1c2b0e）",
     501: "不支持请求的传输编码。",

@@ -24,8 +24,8 @@ _MODELS: tuple[type[BaseModel], ...] = (
 # What any request may get, of the worker before a route is asked, or of Flask.
 EVERYWHERE = (400, 404, 405, 408, 413, 414, 417, 431, 500, 501, 503, 505)
 WITH_KEY = (*EVERYWHERE, 401)
-GENERATING = (*WITH_KEY, 504)
-_OF_STATUS = {401: "WWW-Authenticate", 405: "Allow", 503: "Retry-After"}
+GENERATING = (*WITH_KEY, 429, 504)
+_OF_STATUS = {401: "WWW-Authenticate", 405: "Allow", 429: "Retry-After", 503: "Retry-After"}
 
 
 def components() -> Json:
