@@ -15,7 +15,7 @@ from openapi_spec_validator import validate
 from qwenvl_app import create_app
 from qwenvl_app.errors import Unavailable
 from qwenvl_app.settings import load_settings
-from qwenvl_app.web import answers, docs, examples
+from qwenvl_app.web import answers, chat_answers, docs, examples
 from qwenvl_app.web.chat_schema import ChatRequest
 from qwenvl_app.web.schema import RecognizeForm
 from tests import declared
@@ -117,17 +117,17 @@ def test_answers_have_no_field_that_is_not_declared(client):
 
 def test_chat_answers_have_no_field_that_is_not_declared(client):
     asked = ASKED | {"logprobs": True, "top_logprobs": 1}
-    answers.ChatCompletion.model_validate(client.post(CHAT, json=asked).json, extra="forbid")
+    chat_answers.ChatCompletion.model_validate(client.post(CHAT, json=asked).json, extra="forbid")
     asked = ASKED | {"stream": True, "stream_options": {"include_usage": True}}
     *chunks, done = events(client.post(CHAT, json=asked, buffered=True))
     assert (len(chunks) > 3, done) == (True, "[DONE]")
     for chunk in chunks:
-        answers.ChatCompletionChunk.model_validate_json(chunk, extra="forbid")
+        chat_answers.ChatCompletionChunk.model_validate_json(chunk, extra="forbid")
 
 
 def test_what_is_got_has_no_field_that_is_not_declared(client):
     for path, model in (
-        ("/v1/models", answers.ModelList),
+        ("/v1/models", chat_answers.ModelList),
         ("/livez", answers.Alive),
         ("/readyz", answers.Readiness),
     ):
@@ -137,7 +137,7 @@ def test_what_is_got_has_no_field_that_is_not_declared(client):
 def test_errors_are_declared(client, backend):
     """The fixture ``app`` compares each with the document."""
     wrong = client.post(CHAT, json={"messages": 1})
-    answers.ChatError.model_validate(wrong.json, extra="forbid")
+    chat_answers.ChatError.model_validate(wrong.json, extra="forbid")
     missing = client.post(ROUTE)
     answers.FormError.model_validate(missing.json, extra="forbid")
     backend.refusal = Unavailable.exhausted()

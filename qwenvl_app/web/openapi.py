@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from qwenvl_app.version import VERSION
-from qwenvl_app.web import answers, examples
+from qwenvl_app.web import answers, chat_answers, examples
 from qwenvl_app.web.chat_schema import ChatRequest
 from qwenvl_app.web.openapi_components import (
     EVERYWHERE,
@@ -103,9 +103,9 @@ def _chat() -> Json:
     events = events_of(
         "Sent with `stream`; `[DONE]` is the last.",
         examples.CHAT_EVENTS,
-        *(answers.ChatCompletionChunk, answers.ChatError),
+        *(chat_answers.ChatCompletionChunk, chat_answers.ChatError),
     )
-    answer = json_of(schema_of(answers.ChatCompletion), examples=examples.CHAT_ANSWER) | events
+    answer = json_of(schema_of(chat_answers.ChatCompletion), examples=examples.CHAT_ANSWER) | events
     post = _operation(
         "chat",
         "chat",
@@ -117,7 +117,9 @@ def _chat() -> Json:
             "content": json_of(schema_of(ChatRequest), examples=examples.CHAT_QUESTION),
         },
     )
-    listed = {"200": response("The one model. 唯一的模型。", json_of(schema_of(answers.ModelList)))}
+    listed = {
+        "200": response("The one model. 唯一的模型。", json_of(schema_of(chat_answers.ModelList)))
+    }
     get = _operation(
         "models",
         "chat",

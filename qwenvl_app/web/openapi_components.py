@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from qwenvl_app.web import answers, examples
+from qwenvl_app.web import answers, chat_answers, examples
 from qwenvl_app.web.chat_schema import ChatRequest
 from qwenvl_app.web.forms import Upload
 from qwenvl_app.web.schema import RecognizeForm
@@ -18,8 +18,13 @@ Json = dict[str, Any]
 _MODELS: tuple[type[BaseModel], ...] = (
     *(RecognizeForm, answers.RecognizeAnswer, answers.Error, answers.FormError),
     *(answers.RecognizeDelta, answers.RecognizeEnd),
-    *(ChatRequest, answers.ChatCompletion, answers.ChatCompletionChunk, answers.ChatError),
-    *(answers.ModelList, answers.Alive, answers.Readiness),
+    *(
+        ChatRequest,
+        chat_answers.ChatCompletion,
+        chat_answers.ChatCompletionChunk,
+        chat_answers.ChatError,
+    ),
+    *(chat_answers.ModelList, answers.Alive, answers.Readiness),
 )
 # What any request may get, of the worker before a route is asked, or of Flask.
 EVERYWHERE = (400, 404, 405, 408, 413, 414, 417, 431, 500, 501, 503, 505)
@@ -143,5 +148,5 @@ def _error(status: int) -> Json:
 
 def _chat_error(status: int) -> Json:
     """OpenAI's form; what the worker refuses before it has the whole request has the other."""
-    content = json_of(schema_of(answers.ChatError, answers.Error), example=examples.CHAT_ERROR)
+    content = json_of(schema_of(chat_answers.ChatError, answers.Error), example=examples.CHAT_ERROR)
     return _error(status) | {"content": content}
