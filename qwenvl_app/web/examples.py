@@ -65,7 +65,12 @@ EVENTS = _both(
         '{"prompt_tokens":21,"completion_tokens":2,"cached_tokens":0,"reasoning_tokens":0}}'
     },
 )
-CHAT_QUESTION = _both(*map(_asked, PROMPTS))
+CHAT_QUESTION = _both(*map(_asked, PROMPTS)) | {
+    "stream": {
+        "summary": "Streamed, 边写边返回",
+        "value": _asked(PROMPTS[0]) | {"stream": True, "stream_options": {"include_usage": True}},
+    }
+}
 CHAT_ANSWER = _both(_answered("图中有一个红色的圆形。", 23, 11), _answered("circle", 21, 2))
 CHAT_EVENTS = _both(_chunk("图中有"), _chunk("circle"))
 CHAT_ERROR = {
