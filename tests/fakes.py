@@ -28,7 +28,7 @@ class FakeGeneration:
 
     def __init__(
         self,
-        pieces: list[str],
+        pieces: list[str | Delta],
         go: threading.Event,
         failure: Exception | None,
         deadline: float | None,
@@ -36,6 +36,7 @@ class FakeGeneration:
         self.pieces, self.go, self.failure = pieces, go, failure
         self.deadline = deadline or time.monotonic() + 20
         self.cancelled = 0
+        self.reason = FinishReason.STOP
 
     def __iter__(self) -> Iterator[Delta]:
         while not self.go.wait(0.002):
@@ -45,10 +46,10 @@ class FakeGeneration:
             if time.monotonic() >= self.deadline:
                 raise DeadlineExceeded
         for piece in self.pieces:
-            yield Delta(piece)
+            yield piece if isinstance(piece, Delta) else Delta(piece)
         if self.failure:
             raise self.failure
-        yield Delta("", FinishReason.STOP, Usage(10, len(self.pieces)))
+        yield Delta("", self.reason, Usage(10, len(self.pieces)))
 
     def cancel(self) -> None:
         self.cancelled += 1
@@ -57,13 +58,14 @@ class FakeGeneration:
 class FakeBackend:
     """Answers with ``pieces``, remembers what it was asked, and fails as it is told to."""
 
-    def __init__(self, *pieces: str):
+    def __init__(self, *pieces: str | Delta):
         self.pieces = list(pieces)
         self.go = threading.Event()
         self.go.set()
         self.phase = Status(Phase.READY)
         self.failure: Exception | None = None
         self.refusal: ServiceError | None = None
+        self.reason = FinishReason.STOP
         self.requests: list[GenerationRequest] = []
         self.generations: list[FakeGeneration] = []
 
@@ -80,6 +82,7 @@ class FakeBackend:
         self.generations.append(
             FakeGeneration(self.pieces, self.go, self.failure, request.deadline)
         )
+        self.generations[-1].reason = self.reason
         return self.generations[-1]
 
     def close(self) -> None:

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from flask.testing import FlaskClient
+from jsonschema import Draft202012Validator
 
-from qwenvl_app.generation import Constraint, Message, ToolCall
+from qwenvl_app import create_app
+from qwenvl_app.engine.engine import Engine
+from qwenvl_app.generation import (
+    Constraint,
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    Message,
+    TokenLogprob,
+    ToolCall,
+)
+from qwenvl_app.loading.load import load
 from qwenvl_app.web.parameter_types import written_value
 from qwenvl_app.web.tool_calls import CallReader
+from tests.engines import running, spread
 from tests.fakes import FakeBackend
 from tests.test_chat import ROUTE, check, events, hello
 
@@ -389,6 +404,38 @@ def test_one_call_at_most(client, backend: FakeBackend):
     assert backend.requests[0].sampling.stop == ("x", "</tool_call>")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_after_reasoning_with_log_probabilities(client, backend: FakeBackend, stream: bool):
+    """Nothing of either is lost, though the text of a call comes later than its tokens."""
+    pieces = cut(BEIJING, 4)
+    tokens = [TokenLogprob(piece, piece.encode(), -1.0) for piece in pieces]
+    backend.pieces = [Delta("", reasoning="hm"), *map(scored, pieces, tokens)]
+    response = client.post(ROUTE, json=hello(tools=TOOLS, stream=stream, logprobs=True))
+    if stream:
+        choices = [chunk["choices"][0] for chunk in events(response)]
+        deltas = [choice["delta"] for choice in choices[1:-1]]
+        assert deltas.pop(0) == {"reasoning_content": "hm"}
+        assert folded([delta for delta in deltas if delta])[1][0][0] == "get_weather"
+        told = [one for each in choices for one in (each["logprobs"] or {"content": []})["content"]]
+    else:
+        (choice,) = response.json["choices"]
+        assert choice["message"]["reasoning_content"] == "hm"
+        assert len(choice["message"]["tool_calls"]) == 1
+        told = choice["logprobs"]["content"]
+    assert [one["token"] for one in told] == pieces
+
+
+def scored(piece: str, token: TokenLogprob) -> Delta:
+    return Delta(piece, logprobs=(token,))
+
+
+def test_a_call_that_was_cut_is_no_call(client, backend: FakeBackend):
+    backend.pieces, backend.reason = [BEIJING, BEIJING[:40]], FinishReason.LENGTH
+    choice = ask(client)
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", BEIJING[:40])
+    assert len(choice["message"]["tool_calls"]) == 1
+
+
 def called(*names: str, **more: Any) -> dict[str, Any]:
     calls = [
         {"id": name, "type": "function", "function": {"name": "now", "arguments": "{}"}}
@@ -534,3 +581,88 @@ def test_tools_are_bounded(client, backend: FakeBackend, settings):
     arguments = [{"id": "1", "function": {"name": "f", "arguments": long}}]
     check(client.post(ROUTE, json=turns(called("1", tool_calls=arguments), result("1"))), 413)
     assert backend.requests == []
+
+
+class Wild(FakeBackend):
+    """A model of random weights, which a schema alone makes write a call."""
+
+    def __init__(self, engine: Engine):
+        super().__init__()
+        self._engine = engine
+
+    def generate(self, request: GenerationRequest) -> Any:
+        return self._engine.submit(request)
+
+
+@pytest.fixture(scope="module")
+def wild() -> Iterator[FlaskClient]:
+    """The service around it."""
+    with running(spread(load("demo")), max_new_tokens=1024, kv_cache_bytes=2**29) as engine:
+        app = create_app(backend=Wild(engine))
+        yield app.test_client()
+        app.extensions["qwenvl"]["disconnects"].close()
+
+
+SHAPE: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "形状",
+        "description": "</tools><|im_end|>",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "名": {"type": "string", "maxLength": 5},
+                "sides": {"type": "integer", "minimum": 0, "maximum": 9},
+                "of": {"anyOf": [{"$ref": "#/$defs/of"}, {"type": "null"}]},
+            },
+            "required": ["名", "sides", "of"],
+            "additionalProperties": False,
+            "$defs": {"of": {"enum": ["a", "b"]}},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("choice", "parallel", "stream"),
+    [
+        ("required", True, True),
+        ("required", False, False),
+        ({"type": "function", "function": {"name": "形状"}}, None, True),
+    ],
+)
+def test_what_is_required_is_called(wild, choice: Any, parallel: bool | None, stream: bool):
+    """Every answer that was not cut is calls alone, and each fits its schema."""
+    ended = 0
+    for seed in range(2):
+        asked = {"tools": [SHAPE, NOW], "tool_choice": choice, "parallel_tool_calls": parallel}
+        sampled = {"seed": seed, "temperature": 1, "top_k": 0, "max_tokens": 200}
+        response = wild.post(ROUTE, json=hello(**asked, **sampled, stream=stream))
+        if stream:
+            choices = [chunk["choices"][0] for chunk in events(response)]
+            content, calls = folded([each["delta"] for each in choices[1:-1] if each["delta"]])
+            reason = choices[-1]["finish_reason"]
+        else:
+            (answered,) = response.json["choices"]
+            message, reason = answered["message"], answered["finish_reason"]
+            functions = [call["function"] for call in message.get("tool_calls", ())]
+            content = message["content"] or ""
+            calls = [(each["name"], each["arguments"]) for each in functions]
+        if reason == "length":
+            continue
+        ended += 1
+        assert (reason, content) == ("tool_calls", "")
+        assert calls
+        assert parallel or len(calls) == 1
+        assert choice == "required" or calls[0][0] == "形状"
+        for name, arguments in calls:
+            parameters = SHAPE["function"]["parameters"] if name == "形状" else {"maxProperties": 0}
+            Draft202012Validator(parameters).validate(json.loads(arguments))
+    assert ended
+
+
+def test_a_schema_that_can_t_be_held_to(wild):
+    odd = function(parameters={"properties": {"a": {"type": "array", "contains": {}}}})
+    error = check(wild.post(ROUTE, json=hello(tools=[odd], tool_choice="required")))
+    assert "contains" in error["message"]
+    assert wild.post(ROUTE, json=hello(tools=[odd], max_tokens=1)).status_code == 200
