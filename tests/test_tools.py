@@ -430,7 +430,7 @@ def scored(piece: str, token: TokenLogprob) -> Delta:
 
 
 def test_a_call_that_was_cut_is_no_call(client, backend: FakeBackend):
-    backend.pieces, backend.reason = [BEIJING, BEIJING[:40]], FinishReason.LENGTH
+    backend.pieces, backend.finish_reason = [BEIJING, BEIJING[:40]], FinishReason.LENGTH
     choice = ask(client)
     assert (choice["finish_reason"], choice["message"]["content"]) == ("length", BEIJING[:40])
     assert len(choice["message"]["tool_calls"]) == 1
@@ -600,7 +600,7 @@ def wild() -> Iterator[FlaskClient]:
     with running(spread(load("demo")), max_new_tokens=1024, kv_cache_bytes=2**29) as engine:
         app = create_app(backend=Wild(engine))
         yield app.test_client()
-        app.extensions["qwenvl"]["disconnects"].close()
+        app.extensions["qwenvl"]["close"]()
 
 
 SHAPE: dict[str, Any] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from qwenvl_app.generation import CALL_MARKS, Constraint, SamplingParams
 from qwenvl_app.web.errors import InvalidParameter
+from qwenvl_app.web.sampling_fields import SamplingFields, StopText
 from qwenvl_app.web.strict_model import StrictModel as _Model
 from qwenvl_app.web.tool_schema import (
     MAX_TOOLS,
@@ -118,10 +120,7 @@ class JsonSchemaFormat(_Model):
 ResponseFormat = Annotated[TextFormat | JsonObject | JsonSchemaFormat, Field(discriminator="type")]
 
 
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-
-
-class ChatRequest(_Model):
+class ChatRequest(_Model, SamplingFields):
     """``user``, ``metadata`` and ``store`` are taken and have no effect: nothing is stored."""
 
     model: str | None = None
@@ -130,19 +129,7 @@ class ChatRequest(_Model):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=2**31 - 1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: float | None = Field(default=None, gt=0, le=2)
-    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=1000)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4)]
-        | None
-    ) = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     ignore_eos: bool | None = None
     n: Literal[1] | None = None
     logprobs: bool | None = None
@@ -191,6 +178,17 @@ class ChatRequest(_Model):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def characters(self) -> int:
+        """Of all that becomes text in the prompt."""
+        texts = [message.reasoning_content or "" for message in self.messages]
+        parts = [part for message in self.messages for part in message.parts]
+        texts += [part.text for part in parts if isinstance(part, TextPart)]
+        calls = [call for message in self.messages for call in message.tool_calls or ()]
+        texts += [call.function.name + call.function.arguments for call in calls]
+        texts += [json.dumps(tool, ensure_ascii=False) for tool in self.offered]
+        return sum(map(len, texts))
+
+    @property
     def offered(self) -> tuple[dict[str, Any], ...]:
         """The tools that the model is told of."""
         return () if self.tool_choice == "none" else for_template(self.tools or ())
@@ -216,15 +214,8 @@ class ChatRequest(_Model):
         if self.offered and self.parallel_tool_calls is False and not self.constraint:
             stop = (*stop, CALL_MARKS[1])  # after which another call would begin
         return SamplingParams(
+            **self.sent(),
             max_new_tokens=self.limit,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            seed=self.seed,
             stop=stop,
             ignore_eos=bool(self.ignore_eos),
             repetition_limit=repetition_limit,
