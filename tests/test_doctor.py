@@ -71,7 +71,7 @@ def test_memory_that_is_too_small_even_if_nobody_uses_it():
 
 @pytest.mark.parametrize(("free", "level"), [(8, Level.OK), (3, Level.WARN), (1, Level.WARN)])
 def test_the_machines_memory_beside_a_gpu(free: int, level: Level):
-    found = doctor._host(load_settings({}), NEED, free * plan.GIB)
+    found = doctor._host(made(8000), free * plan.GIB)
     assert found.level is level
     assert ("QWENVL_MAX_CONCURRENCY=2 fits" in found.text) is (free == 3)
 

@@ -130,7 +130,7 @@ def _memory(settings: Settings, need: footprint.Footprint) -> Iterator[Finding]:
         for each in (free, total)
     )
     yield _judged("GPU memory", now, empty)
-    yield _host(settings, need, host)
+    yield _host(now, host)
 
 
 def _judged(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = None) -> Finding:
@@ -145,14 +145,14 @@ def _judged(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = N
     return Finding(level, about, str(made))
 
 
-def _host(settings: Settings, need: footprint.Footprint, host: int) -> Finding:
+def _host(made: plan.MemoryPlan, host: int) -> Finding:
     """The machine's memory beside GPUs."""
-    each = plan.picture(need, settings)
-    wanted = _BASE + need.tokenizer + settings.max_concurrency * each
+    fixed = _BASE + made.need.tokenizer
+    wanted = fixed + made.settings.max_concurrency * made.picture
     text = f"{plan.gib(host)} free, up to {plan.gib(wanted)} wanted for libraries and pictures"
     if host >= wanted:
         return Finding(Level.OK, "host memory", text)
-    fewer = max(0, host - _BASE - need.tokenizer) // each
+    fewer = max(0, host - fixed) // made.picture
     fits = f"QWENVL_MAX_CONCURRENCY={fewer} fits; or " if fewer else ""
     return Finding(Level.WARN, "host memory", f"{text}; {fits}lower QWENVL_MAX_IMAGE_MEGAPIXELS")
 

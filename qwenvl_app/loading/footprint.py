@@ -8,9 +8,8 @@ puts what was measured in the place of these sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -67,38 +66,28 @@ def estimate(
 ) -> Footprint:
     """The footprint of ``checkpoint``.
 
-    ``dtype`` as in the settings; ``max_pixels`` is the service's own limit on pictures. ``cpu``: it
-    runs there; ``eager``: so does attention; ``expands_fp8``: what is stored in fp8 is turned to
-    ``dtype``, as transformers does where no kernel can multiply it.
+    ``dtype`` as in the settings; ``max_pixels``: the service's own limit on pictures; ``cpu``: it
+    runs there; ``eager``: so does attention; ``expands_fp8``: fp8 is turned to ``dtype``.
     """
     directory = checkpoint.directory
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     text, vision = config.text_config, config.vision_config
     own = config.dtype or text.dtype or torch.float32
     kind: torch.dtype = own if dtype == "auto" else getattr(torch, dtype)
-    size, auto = kind.itemsize, cast("Any", AutoModelForImageTextToText)  # it is not annotated
-    with torch.device("meta"):
-        model = auto.from_config(config, dtype=kind)
+    size, model = kind.itemsize, _empty_model(config, kind)
     layout = layout_of(model.model.language_model)
     heads = 2 * text.num_attention_heads + layout.heads  # of keys and values; of keys, to grow
-    # Hidden states, queries and the MLP's three products; of a mixture, those of its experts.
-    experts = getattr(text, "num_experts_per_tok", 0) * getattr(text, "moe_intermediate_size", 0)
-    inner = max(getattr(text, "intermediate_size", 0), experts)
     least, largest = pixel_limits(image_processor(directory))
     pixels = int(max(least, min(max_pixels, largest)))
-    tokenizer = directory / "tokenizer.json"
-    weights, layer = _weights(checkpoint, model, packed=cpu and size == 4, expands_fp8=expands_fp8)
     return Footprint(
-        parameters=sum(each.numel() for each in model.parameters()),
         dtype=str(kind).removeprefix("torch."),
         quantised=checkpoint.quantised,
-        weights=weights,
-        layer=layer,
-        tokenizer=_TOKENIZER * tokenizer.stat().st_size if tokenizer.is_file() else 0,
+        **_weights(checkpoint, model, packed=cpu and size == 4, expands_fp8=expands_fp8),
+        tokenizer=_TOKENIZER * sum(f.stat().st_size for f in directory.glob("tokenizer.json")),
         kv_token=layout.token_bytes,
         token=layout.token_bytes + heads * layout.head_dim * size,
         state=layout.bytes(0, 1),
-        chunk_token=(3 * inner + 8 * text.hidden_size) * size,
+        chunk_token=_chunk_token(text, size),
         max_length=text.max_position_embeddings,
         pixels=pixels,
         **_picture(vision, pixels, text.hidden_size * size, size, cpu=cpu, eager=eager),
@@ -106,27 +95,42 @@ def estimate(
     )
 
 
+def _empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """The model without its weights."""
+    auto: Any = AutoModelForImageTextToText  # it is not annotated
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=dtype)
+
+
 def _weights(
     checkpoint: Checkpoint, model: Any, *, packed: bool, expands_fp8: bool
-) -> tuple[int, int]:
-    """As they lie in memory, and the largest part that goes to one device as a whole.
+) -> dict[str, int]:
+    """How many, what they take, and the largest part that goes to one device as a whole.
 
-    ``model`` is what they are turned to as they are loaded, but for those that stay quantised: they
-    take what their files do. ``packed``: see ``engine/cpu.py``.
+    ``model`` is what they become as they are loaded, but for those that stay quantised: they take
+    what their files do. ``packed``: see ``engine/cpu.py``.
     """
-    weights, head = _bytes(model.parameters()), _bytes(model.lm_head.parameters())
-    layers = [_bytes(layer.parameters()) for layer in model.model.language_model.layers]
-    largest = max(head, *layers)
-    if checkpoint.quantised in (None, "compressed-tensors", *["fp8"] * expands_fp8):
-        tied = model.lm_head.weight is model.get_input_embeddings().weight
-        return weights + head * (packed and tied), largest  # the embedding stays as it is
-    directory = checkpoint.directory
-    stored = sum((directory / file).stat().st_size for file in weight_files(directory))
-    return stored, largest * stored // weights
+    directory, head = checkpoint.directory, model.lm_head
+    weights = _bytes(model)
+    layer = max(map(_bytes, [head, *model.model.language_model.layers]))
+    if checkpoint.quantised not in (None, "compressed-tensors", *["fp8"] * expands_fp8):
+        stored = sum((directory / file).stat().st_size for file in weight_files(directory))
+        weights, layer = stored, layer * stored // weights
+    elif packed and head.weight is model.get_input_embeddings().weight:
+        weights += _bytes(head)  # it is laid out anew, and the embedding stays
+    parameters = sum(each.numel() for each in model.parameters())
+    return {"parameters": parameters, "weights": weights, "layer": layer}
 
 
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _bytes(module: Any) -> int:
+    return sum(each.numel() * each.element_size() for each in module.parameters())
+
+
+def _chunk_token(text: Any, size: int) -> int:
+    """Hidden states, queries and the MLP's three products; of a mixture, those of its experts."""
+    experts = getattr(text, "num_experts_per_tok", 0) * getattr(text, "moe_intermediate_size", 0)
+    inner = max(getattr(text, "intermediate_size", 0), experts)
+    return int((3 * inner + 8 * text.hidden_size) * size)
 
 
 def _picture(
