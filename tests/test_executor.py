@@ -64,7 +64,7 @@ class Model:
 
     def __init__(self, layout: Layout, gpus: Gpus, *, compiled: bool):
         self.layout, self.compiled, self.gpus = layout, compiled, gpus
-        self.rows: list[Sequence] = []  # the scheduler's
+        self.running: list[Sequence] = []  # the scheduler's
         self.held: list[int] = []
         self.lost: list[str] = []
 
@@ -98,10 +98,10 @@ class Model:
 
     def _write(self, cache: SlotCache, row: int, start: int, ids: list[int]) -> None:
         """Into the first and the last tensor."""
-        prompt = min(start, self.rows[row].prompt_length)
+        prompt = min(start, self.running[row].prompt_length)
         for tensor in (cache._keys[0], cache._values[-1]):
             written = tensor.host[row, 0, :, 0]
-            if written[:prompt].tolist() != self.rows[row].inputs.ids[:prompt]:
+            if written[:prompt].tolist() != self.running[row].inputs.ids[:prompt]:
                 self.lost.append(f"of row {row}")
             written[start : start + len(ids)] = torch.tensor(ids, dtype=torch.float32)
 
@@ -111,7 +111,7 @@ class Harness:
 
     def __init__(self, engine: Engine, model: Model, gpus: Gpus):
         self.engine, self.model, self.gpus = engine, model, gpus
-        model.rows = engine._scheduler.rows
+        model.running = engine._scheduler.running
         self._number = 0
 
     def submit(self, prompt: int, limit: int, patches: int, key: bytes | None = None) -> Sequence:

@@ -13,7 +13,7 @@ from qwenvl_app.engine.memory import place
 
 @dataclass(frozen=True)
 class State:
-    """Shape of what a recurrent layer keeps of one row, see ``recurrent.py``."""
+    """Shape of what a recurrent layer keeps of one slot, see ``recurrent.py``."""
 
     layer: int
     inputs: tuple[int, int]  # channels, length of the kernel
@@ -45,13 +45,13 @@ class Layout:
         """What one token of one sequence takes, in all layers."""
         return 2 * len(self.devices) * self.heads * self.head_dim * self.dtype.itemsize
 
-    def bytes(self, tokens: int, rows: int) -> int:
-        """What so many tokens in so many rows take."""
-        return tokens * self.token_bytes + rows * sum(state.bytes for state in self.states)
+    def bytes(self, tokens: int, slots: int) -> int:
+        """What so many tokens in so many slots take."""
+        return tokens * self.token_bytes + slots * sum(state.bytes for state in self.states)
 
-    def tokens_in(self, memory: int, rows: int) -> int:
-        """How many tokens so many rows may have in ``memory``, in bytes."""
-        return max(0, memory - self.bytes(0, rows)) // self.token_bytes
+    def tokens_in(self, memory: int, slots: int) -> int:
+        """How many tokens so many slots may have in ``memory``, in bytes."""
+        return max(0, memory - self.bytes(0, slots)) // self.token_bytes
 
 
 def layout_of(text: Any) -> Layout:
