@@ -46,7 +46,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         disconnects.close()
         backend.close()
 
-    has_key = auth.judge(settings.api_keys)
+    has_key = auth.key_check(settings.api_keys)
     metrics = Metrics(admission, status, backend.stats)
     app = _flask(settings)
     app.extensions["qwenvl"] = {
@@ -80,7 +80,9 @@ def _flask(settings: Settings) -> Flask:
     return app
 
 
-def _for_every_route(app: Flask, settings: Settings, metrics: Metrics, has_key: auth.Judge) -> None:
+def _for_every_route(
+    app: Flask, settings: Settings, metrics: Metrics, has_key: auth.KeyCheck
+) -> None:
     """Records, ids, errors, CORS and keys, in the order in which they see a request."""
     request_log.register(app, metrics)
     request_id.register(app)

@@ -22,7 +22,7 @@ from qwenvl_app.engine import engine as engines
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.engine.inputs import Features, Inputs, Span
 from qwenvl_app.engine.kv_cache import SlotCache
-from qwenvl_app.engine.layout import Layout, State
+from qwenvl_app.engine.layout import Layout, StateShape
 from qwenvl_app.engine.recurrent import RecurrentCache
 from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.engine.sequence import Sequence
@@ -32,7 +32,7 @@ from tests.gpu.pretend import GPU, Gpus, pretend
 
 LAYERS = 2
 PLAIN = Layout(heads=1, head_dim=2, dtype=torch.float32, devices=(GPU,) * LAYERS)
-STATES = tuple(State(layer, (4, 4), (2, 8, 8), torch.float32, GPU) for layer in (0, 2))
+STATES = tuple(StateShape(layer, (4, 4), (2, 8, 8), torch.float32, GPU) for layer in (0, 2))
 RECURRENT = dataclasses.replace(PLAIN, states=STATES)
 TOKEN = PLAIN.token_bytes
 TOWER, FEATURES = 2 * TOKEN, TOKEN // 2  # of a patch

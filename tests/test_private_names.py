@@ -140,7 +140,7 @@ STATES = "get_conv_state get_recurrent_state is_recording_past reset update"
 OVERRIDDEN = {
     "server.worker.Worker": f"{WORKER} handle_request load_wsgi run",
     "web.responses.ContractJSON": "ensure_ascii response sort_keys",
-    "service.metrics._State": "collect",
+    "service.metrics._Gauges": "collect",
     "loading.hub._Anonymous": "get_session_id",
     "engine.kv_cache.SlotCache": "reset update",
     "engine.compiled._Cells": "update",
@@ -304,7 +304,7 @@ def test_what_we_override_is_still_theirs():
     [
         (gunicorn, "server.worker.Worker"),
         (flask, "web.responses.ContractJSON"),
-        (prometheus_client, "service.metrics._State"),
+        (prometheus_client, "service.metrics._Gauges"),
         (modelscope_hub, "loading.hub._Anonymous"),
     ],
 )

@@ -115,7 +115,7 @@ def _memory(settings: Settings, need: footprint.Footprint) -> Iterator[Finding]:
     host = memory.free_memory(torch.device("cpu"))
     if not gpus:
         made = plan.make(need, settings, plan.Memory([host], cpu=True))
-        yield _judged("memory", made)
+        yield _verdict("memory", made)
         if not made.problem:
             idle = psutil.Process().memory_info().rss
             idle += plan.LIBRARIES + need.tokenizer + need.weights
@@ -129,11 +129,11 @@ def _memory(settings: Settings, need: footprint.Footprint) -> Iterator[Finding]:
         plan.make(need, settings, plan.Memory(each, cpu=False, host=spare))
         for each in (free, total)
     )
-    yield _judged("GPU memory", now, empty)
+    yield _verdict("GPU memory", now, empty)
     yield _host(now, host)
 
 
-def _judged(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = None) -> Finding:
+def _verdict(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = None) -> Finding:
     """What the plan comes to; ``empty`` is the one for a device that nobody uses."""
     level = Level.FAIL if made.problem else Level.WARN if made.tight else Level.OK
     if made.offloaded:

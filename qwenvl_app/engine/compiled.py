@@ -52,7 +52,7 @@ class CompiledDecode:
         self._compiled = False
         self._version = -1  # of the cache whose addresses are in the graphs
 
-    def takes(self, cache: SlotCache, rows: int) -> bool:
+    def fits(self, cache: SlotCache, rows: int) -> bool:
         """Whether there is room in ``cache`` for a call of ``rows``, padded."""
         return power_of_two(rows, FEWEST_SLOTS) <= cache.slots
 

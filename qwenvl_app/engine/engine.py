@@ -154,7 +154,7 @@ class Engine:
         finally:
             refusal = InternalError(FAILED) if self.failure else Unavailable.stopping()
             self._inbox.close(refusal)
-            self._scheduler.waiting.extend(self._inbox.take(wait=False))
+            self._scheduler.waiting.extend(self._inbox.collect(wait=False))
             for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
                 self._scheduler.remove(sequence)
                 sequence.finish(refusal)
@@ -162,7 +162,7 @@ class Engine:
     def _wait(self) -> bool:
         """Wait for something to do; False when there will be nothing any more."""
         idle = not (self._scheduler.running or self._scheduler.waiting or self.failure)
-        self._scheduler.waiting.extend(self._inbox.take(wait=idle))
+        self._scheduler.waiting.extend(self._inbox.collect(wait=idle))
         return not (self._inbox.closed or self.failure)
 
     def step(self) -> None:
@@ -196,14 +196,14 @@ class Engine:
         for outcome in outcomes:
             sequence = outcome.sequence
             try:
-                end = self._take(outcome)
+                end = self._add_token(outcome)
             except Exception:
                 log.exception("post-processing failed (request %s)", sequence.request_id)
                 end = InternalError(FAILED)
             if end is not None:
                 self._end(sequence, end)
 
-    def _take(self, outcome: Outcome) -> FinishReason | ServiceError | None:
+    def _add_token(self, outcome: Outcome) -> FinishReason | ServiceError | None:
         """Add a token to its sequence; how that ends, if it does."""
         sequence = outcome.sequence
         if isinstance(outcome.token, ServiceError):

@@ -12,7 +12,7 @@ from qwenvl_app.engine.memory import place
 
 
 @dataclass(frozen=True)
-class State:
+class StateShape:
     """Shape of what a recurrent layer keeps of one slot, see ``recurrent.py``."""
 
     layer: int
@@ -38,7 +38,7 @@ class Layout:
     head_dim: int
     dtype: torch.dtype
     devices: tuple[torch.device, ...]
-    states: tuple[State, ...] = ()
+    states: tuple[StateShape, ...] = ()
 
     @property
     def token_bytes(self) -> int:
@@ -69,13 +69,13 @@ def layout_of(text: Any) -> Layout:
     )
 
 
-def states_of(text: Any) -> tuple[State, ...]:
+def states_of(text: Any) -> tuple[StateShape, ...]:
     """Those of the recurrent layers of ``text``, a language model; none if it has none."""
     states = []
     for number, layer in enumerate(text.layers):
         if (mixer := getattr(layer, "linear_attn", None)) is not None:
             states.append(
-                State(
+                StateShape(
                     number,
                     (mixer.conv_dim, mixer.conv_kernel_size),
                     (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qwenvl_app.engine.kv_cache import UNBOUNDED, Layers, SlotCache
-from qwenvl_app.engine.layout import Layout, State
+from qwenvl_app.engine.layout import Layout, StateShape
 
 
 class RecurrentCache(SlotCache):
@@ -148,7 +148,7 @@ class RecurrentCache(SlotCache):
         return [tensor for pair in self._states.values() for tensor in pair]
 
 
-def _empty(state: State) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty(state: StateShape) -> tuple[torch.Tensor, torch.Tensor]:
     return (
         torch.zeros(0, *state.inputs, dtype=state.dtype, device=state.device),
         torch.zeros(0, *state.matrices, dtype=torch.float32, device=state.device),

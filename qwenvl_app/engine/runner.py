@@ -136,7 +136,7 @@ class Runner:
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
         """One token for each of the slots 0 to n; logits (n, vocabulary)."""
-        if self._compiled and self._compiled.takes(cache, len(ids)):
+        if self._compiled and self._compiled.fits(cache, len(ids)):
             return self._compiled(cache, ids, positions, starts)
         mask = cache.begin(range(len(ids)), starts, [1] * len(ids))
         inputs = torch.tensor([ids, positions], device=self._device)

@@ -46,7 +46,7 @@ class Sampler:
     """How the tokens of one sequence are picked. Used by the engine's thread alone, once made.
 
     ``defaults`` decides what ``params`` leaves open. ``rng``: None if the likeliest is taken.
-    ``matcher`` rules tokens out before anything else is done; None admits all.
+    ``matcher`` rules tokens out before anything else is done; None allows all.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Sampler:
 def next_tokens(samplers: Many[Sampler | None], logits: torch.Tensor) -> list[int | Exception]:
     """The next token of each row of ``logits`` (rows, vocabulary), or why there is none.
 
-    A row without a sampler wants none: only its logits are judged, and its token means nothing.
+    A row without a sampler wants none: only its logits are checked, and its token means nothing.
     One row's failure is no other's. Looks at the device once, and again only where more tokens are
     about equally likely than were looked at.
     """

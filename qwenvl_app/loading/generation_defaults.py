@@ -75,7 +75,7 @@ def load(directory: Path, config: Any) -> GenerationConfig:
             defaults = GenerationConfig.from_pretrained(directory, local_files_only=True)
         else:
             defaults = GenerationConfig.from_model_config(config)
-    except Exception:  # some values are judged as they are read, each with an error of its own
+    except Exception:  # some values are checked as they are read, each with an error of its own
         log.exception("%s can't be used", FILE)
         raise ModelLoadError(
             f"{FILE} can't be used, the log has why; take the checkpoint's own"

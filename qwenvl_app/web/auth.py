@@ -14,10 +14,10 @@ from qwenvl_app.errors import Unauthorized
 OPEN = frozenset(("/livez", "/readyz", "/health", "/metrics"))
 
 
-Judge = Callable[[str], bool]
+KeyCheck = Callable[[str], bool]
 
 
-def judge(keys: Sequence[SecretStr]) -> Judge:
+def key_check(keys: Sequence[SecretStr]) -> KeyCheck:
     """Whether a request with this ``Authorization``, "" for none, has one of ``keys``.
 
     No keys: everyone has.
@@ -34,10 +34,10 @@ def judge(keys: Sequence[SecretStr]) -> Judge:
     return has_key
 
 
-def register(app: Flask, has_key: Judge) -> None:
+def register(app: Flask, has_key: KeyCheck) -> None:
     """Ask every request but those for ``OPEN`` for a key, before its body is read.
 
-    The worker, if it is ours, asks the same judge as soon as the head is there, so that it waits
+    The worker, if it is ours, asks the same check as soon as the head is there, so that it waits
     for no body without a key, wherever it is sent (``worker.py``).
     """
 
