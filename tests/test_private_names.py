@@ -136,7 +136,7 @@ PRIVATE: dict[str, Callable[[], None]] = {
 }
 
 WORKER = "accept check_config finish_request get_thread_pool handle handle_error handle_quit"
-STATES = "get_conv_state get_recurrent_state is_recording_past reset update"
+STATES = "get_conv_state get_recurrent_state is_recording_past reset"
 OVERRIDDEN = {
     "server.worker.Worker": f"{WORKER} handle_request load_wsgi run",
     "web.responses.ContractJSON": "ensure_ascii response sort_keys",

@@ -23,11 +23,11 @@ class Job:
         return self.prompt_length + self.limit
 
 
-def scheduler(slots=4, budget=10_000, chunk=16, patches=64, depth=4) -> Scheduler[Job]:
+def scheduler(slots=4, budget=10_000, chunk=16, patches=64, depth=4) -> Scheduler:
     return Scheduler(slots, budget, chunk, patches, depth)
 
 
-def carry_out(s: Scheduler[Job], depth: int = 4) -> Step[Job]:
+def carry_out(s: Scheduler, depth: int = 4) -> Step:
     """A step: what was planned, and a token for all whose prompt is complete."""
     step = s.next_step()
     if step.vision and step.vision.last == depth:
@@ -203,7 +203,7 @@ def test_whatever_comes_and_goes_everybody_ends():
         assert not s.running
 
 
-def sharing(budget: int = 100, patches: int = 8) -> Scheduler[Job]:
+def sharing(budget: int = 100, patches: int = 8) -> Scheduler:
     """A patch takes two tokens of the budget while it is in the tower, then half of one."""
     return Scheduler(4, budget, 16, patches, 4, cost=(2.0, 0.5))
 

@@ -64,7 +64,7 @@ class Engine:
                 f"the KV cache has room for {self._budget} tokens only: free memory, or set "
                 "QWENVL_KV_CACHE_MB"
             )
-        self._scheduler: Scheduler[Sequence] = Scheduler(
+        self._scheduler = Scheduler(
             options.slots,
             self._budget,
             options.prefill_chunk,
@@ -179,7 +179,7 @@ class Engine:
         finally:
             self.step_began = None
 
-    def _schedule(self) -> Step[Sequence]:
+    def _schedule(self) -> Step:
         now = time.monotonic()
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             if sequence.cancelled:

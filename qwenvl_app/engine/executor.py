@@ -75,7 +75,7 @@ class Executor:
             sequence.computed = sequence.cached = prefix.length
             sequence.prefix = None
 
-    def prefill(self, step: Step[Sequence], running: list[Sequence]) -> list[Outcome]:
+    def prefill(self, step: Step, running: list[Sequence]) -> list[Outcome]:
         """A step's pictures and prompts: what became of each whose prompt is complete now."""
         if step.vision:
             self._fit(
@@ -144,7 +144,7 @@ class Executor:
         )
         return True
 
-    def _see(self, vision: Vision[Sequence]) -> None:
+    def _see(self, vision: Vision) -> None:
         if vision.first == 0:
             self._images = [image for sequence in vision.jobs for image in sequence.unseen]
             self._pass = self.runner.begin_vision(self._images)

@@ -25,7 +25,7 @@ class Intake:
         self,
         loaded: LoadedModel,
         runner: Runner,
-        scheduler: Scheduler[Sequence],
+        scheduler: Scheduler,
         prefixes: PrefixCache,
         max_new_tokens: int,
     ):

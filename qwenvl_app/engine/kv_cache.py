@@ -49,6 +49,7 @@ class SlotCache(Cache):
         self.layout = layout
         self._roomy, self._floor = roomy, max(FLOOR, roomy // 4)
         self.version = 0
+        self._places = {layer: place for place, layer in enumerate(layout.attending)}
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         self._allocate(0, 0)
@@ -64,7 +65,7 @@ class SlotCache(Cache):
     @property
     def bytes(self) -> int:
         """Memory that is held."""
-        return sum(t.numel() * t.element_size() for t in [*self._keys, *self._values])
+        return sum(tensor.nbytes for tensor in self._tensors())
 
     def fit(self, slots: int, length: int, most: int = UNBOUNDED) -> None:
         """Make room for so many slots of so many tokens; give room back that is far too much.
@@ -98,13 +99,13 @@ class SlotCache(Cache):
 
     def move(self, source: int, target: int) -> None:
         """Copy a slot to one that is no longer used; one without memory has nothing."""
-        for tensor in [*self._keys, *self._values]:
+        for tensor in self._tensors():
             if source < len(tensor):
                 tensor[target].copy_(tensor[source])
 
     def clear(self, slot: int) -> None:
         """Zero a slot, whose numbers are not finite: a weight of 0 times NaN is NaN."""
-        for tensor in [*self._keys, *self._values]:
+        for tensor in self._tensors():
             tensor[slot].zero_()
 
     def save(self, slot: int, length: int, start: int = 0) -> Layers:
@@ -166,7 +167,8 @@ class SlotCache(Cache):
         **_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new keys and values (rows, heads, widest, head_dim); returns all to attend to."""
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        place = self._places[layer_idx]
+        keys, values = self._keys[place], self._values[place]
         if self._block:
             # What pads a row comes too: after its end, where it is not looked at.
             keys[self._block], values[self._block] = key_states, value_states
@@ -186,6 +188,9 @@ class SlotCache(Cache):
             return keys[self._live], values[self._live]
         slots, _ = self._index(keys.device)
         return keys[slots, :, : self._length], values[slots, :, : self._length]
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [*self._keys, *self._values]
 
     def _index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self._indices:

@@ -41,6 +41,12 @@ class Layout:
     states: tuple[StateShape, ...] = ()
 
     @property
+    def attending(self) -> list[int]:
+        """The layers that keep keys and values."""
+        recurrent = {state.layer for state in self.states}
+        return [n for n in range(len(self.devices) + len(recurrent)) if n not in recurrent]
+
+    @property
     def token_bytes(self) -> int:
         """What one token of one sequence takes, in all layers."""
         return 2 * len(self.devices) * self.heads * self.head_dim * self.dtype.itemsize

@@ -27,16 +27,8 @@ class RecurrentCache(SlotCache):
     def __init__(self, layout: Layout):
         super().__init__(layout)
         self._states = {state.layer: _empty(state) for state in layout.states}
-        layers = range(len(layout.devices) + len(layout.states))
-        attending = [layer for layer in layers if layer not in self._states]
-        self._places = {layer: place for place, layer in enumerate(attending)}
         self._called = slice(0)  # the slots of the call that is under way
         self._kept: list[int] = []  # of them, those whose state is to stay
-
-    @property
-    def bytes(self) -> int:
-        """See ``SlotCache``."""
-        return super().bytes + sum(t.numel() * t.element_size() for t in self._all())
 
     def fit(self, slots: int, length: int, most: int = UNBOUNDED) -> None:
         """See ``SlotCache``."""
@@ -51,13 +43,6 @@ class RecurrentCache(SlotCache):
         super().reset()
         self._states = {state.layer: _empty(state) for state in self.layout.states}
 
-    def move(self, source: int, target: int) -> None:
-        """See ``SlotCache``."""
-        super().move(source, target)
-        for tensor in self._all():
-            if source < len(tensor):
-                tensor[target].copy_(tensor[source])
-
     def save(self, slot: int, length: int, start: int = 0) -> Layers:
         """See ``SlotCache``; after keys and values come the states, which are those of now."""
         states = self._states.values()
@@ -67,9 +52,9 @@ class RecurrentCache(SlotCache):
     def restore(self, slot: int, saved: Layers, start: int = 0, length: int = UNBOUNDED) -> None:
         """See ``SlotCache``."""
         super().restore(slot, saved[: len(self._keys)], start, length)
-        states = (tensor for pair in saved[len(self._keys) :] for tensor in pair)
-        for tensor, state in zip(self._all(), states, strict=True):
-            tensor[slot].copy_(state)
+        for states, old in zip(self._states.values(), saved[len(self._keys) :], strict=True):
+            for tensor, state in zip(states, old, strict=True):
+                tensor[slot].copy_(state)
 
     @contextmanager
     def kept(self, slots: list[int]) -> Iterator[None]:
@@ -99,17 +84,6 @@ class RecurrentCache(SlotCache):
         return super().begin(slots, starts, widths)
 
     # What transformers' layers call.
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *_args: Any,
-        **_kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ``SlotCache``."""
-        return super().update(key_states, value_states, self._places[layer_idx])
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """Never: no token is taken back."""
@@ -144,8 +118,8 @@ class RecurrentCache(SlotCache):
                 old.copy_(new)
         return matrices
 
-    def _all(self) -> list[torch.Tensor]:
-        return [tensor for pair in self._states.values() for tensor in pair]
+    def _tensors(self) -> list[torch.Tensor]:
+        return [*super()._tensors(), *(each for pair in self._states.values() for each in pair)]
 
 
 def _empty(state: StateShape) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,62 +10,30 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
-
-class Job(Protocol):
-    """What the scheduler knows of a sequence."""
-
-    @property
-    def patches(self) -> int:
-        """Of its pictures, but for those whose part of the cache was found."""
-
-    @property
-    def prompt_length(self) -> int:
-        """In tokens."""
-
-    @property
-    def reserved(self) -> int:
-        """The most tokens that it will have in the KV cache."""
-
-    @property
-    def prefix_key(self) -> bytes | None:
-        """Equal for those that begin alike, up to the last picture; None if nothing is shared."""
-
-    @property
-    def seen(self) -> bool:
-        """Whether the vision tower has nothing to do for it, any more or at all."""
-
-    @property
-    def computed(self) -> int:
-        """Tokens in the KV cache."""
-
-    @property
-    def boundary(self) -> int:
-        """Tokens at which a step of its prefill has to end, if it comes by there."""
-
-
-J = TypeVar("J", bound=Job)
+if TYPE_CHECKING:
+    from qwenvl_app.engine.sequence import Sequence
 
 
 @dataclass
-class Vision(Generic[J]):
+class Vision:
     """Run layers ``first`` to ``last`` (exclusive) of the vision tower on some pictures."""
 
-    jobs: list[J]
+    jobs: list[Sequence]
     first: int
     last: int
 
 
 @dataclass
-class Step(Generic[J]):
+class Step:
     """What comes before a step's decode; prefill: (sequence, tokens)."""
 
-    vision: Vision[J] | None = None
-    prefill: list[tuple[J, int]] = field(default_factory=list)
+    vision: Vision | None = None
+    prefill: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
-class Scheduler(Generic[J]):
+class Scheduler:
     """Slots, a queue for them, and a budget. Used by the engine's thread alone.
 
     ``budget`` is in tokens of KV cache: its rectangle of slots times the longest is held under
@@ -88,13 +56,13 @@ class Scheduler(Generic[J]):
     ):
         self.slots, self.budget, self.chunk, self._cost = slots, budget, chunk, cost
         self._patches, self._depth = patches, depth
-        self.waiting: deque[J] = deque()
-        self.running: list[J] = []  # by their slots
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # by their slots
         # The same in the order of arrival: one that is moved into a hole overtakes nobody.
-        self._order: list[J] = []
-        self._vision: Vision[J] | None = None
+        self._order: list[Sequence] = []
+        self._vision: Vision | None = None
 
-    def fill_slots(self) -> list[J]:
+    def fill_slots(self) -> list[Sequence]:
         """Move those who can start from the queue to slots; returns them, in order of slots."""
         first = len(self.running)
         while self.waiting and len(self.running) < self.slots and self._fits(self.waiting[0]):
@@ -104,9 +72,9 @@ class Scheduler(Generic[J]):
         self._order += self.running[first:]
         return self.running[first:]
 
-    def next_step(self) -> Step[J]:
+    def next_step(self) -> Step:
         """What the next step prefills. Sequences whose picture it finishes are in it too."""
-        step: Step[J] = Step(vision=self._next_vision())
+        step: Step = Step(vision=self._next_vision())
         done = step.vision.jobs if step.vision and step.vision.last == self._depth else []
         widest = 0
         for job in self._order:
@@ -121,11 +89,11 @@ class Scheduler(Generic[J]):
                 widest = max(widest, width)
         return step
 
-    def complete(self) -> list[J]:
+    def complete(self) -> list[Sequence]:
         """Those that get a token by decoding, in order of slots."""
         return [job for job in self.running if job.computed >= job.prompt_length]
 
-    def remove(self, job: J) -> tuple[int, int] | None:
+    def remove(self, job: Sequence) -> tuple[int, int] | None:
         """Take ``job`` out wherever it is; returns (from, to) if a slot has to move for that."""
         if self._vision and job in self._vision.jobs:
             # Its pictures are one batch in the vision tower: the others start again.
@@ -154,7 +122,7 @@ class Scheduler(Generic[J]):
         """
         return max(0, self.budget - sum(self._pictures(self.running)))
 
-    def _fits(self, job: J) -> bool:
+    def _fits(self, job: Sequence) -> bool:
         jobs = [*self.running, job]
         rectangle = len(jobs) * max(each.reserved for each in jobs)
         tower, features = self._pictures(jobs)
@@ -162,7 +130,7 @@ class Scheduler(Generic[J]):
         taken = max(rectangle, tower) if len(jobs) == 1 else rectangle + tower
         return taken + features <= self.budget
 
-    def _pictures(self, jobs: list[J]) -> tuple[int, int]:
+    def _pictures(self, jobs: list[Sequence]) -> tuple[int, int]:
         """Tokens of the budget: what the tower may take for ``jobs``, and what of it is unread."""
         unseen = [job.patches for job in jobs if not job.seen]
         # One large picture is in the tower at a time, or several small ones.
@@ -170,7 +138,7 @@ class Scheduler(Generic[J]):
         unread = sum(job.patches for job in jobs if job.computed < job.prompt_length)
         return math.ceil(self._cost[0] * most), math.ceil(self._cost[1] * unread)
 
-    def _will_be_shared(self, job: J) -> bool:
+    def _will_be_shared(self, job: Sequence) -> bool:
         return (
             job.prefix_key is not None
             and not job.seen
@@ -180,9 +148,9 @@ class Scheduler(Generic[J]):
             )
         )
 
-    def _next_vision(self) -> Vision[J] | None:
+    def _next_vision(self) -> Vision | None:
         if self._vision is None:
-            jobs: list[J] = []
+            jobs: list[Sequence] = []
             for job in self._order:
                 if not job.seen and (
                     not jobs or sum(j.patches for j in [*jobs, job]) <= self._patches

@@ -123,7 +123,7 @@ def _weights(
 
 
 def _bytes(module: Any) -> int:
-    return sum(each.numel() * each.element_size() for each in module.parameters())
+    return sum(each.nbytes for each in module.parameters())
 
 
 def _chunk_token(text: Any, size: int) -> int:
