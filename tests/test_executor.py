@@ -172,7 +172,7 @@ def harness(monkeypatch, kind: str, tokens: int, slots: int, prefix: int = 0) ->
     config = GenerationConfig(eos_token_id=[])
     loaded = SimpleNamespace(
         model=SimpleNamespace(generation_config=config),
-        image_processor=SimpleNamespace(to_dict=dict),
+        patcher=SimpleNamespace(processor=SimpleNamespace(to_dict=dict)),
         tokenizer=None,
     )
     with pretend() as gpus, gpus.here():
