@@ -298,7 +298,7 @@ def test_numbers_that_are_not_finite_end_that_row_alone(wild, monkeypatch, asked
             request(Image.new("RGB", (64, 64)), max_new_tokens=40, ignore_eos=True, stream=True)
         )
         next(iter(victim))
-        row = engine._scheduler.rows.index(victim)
+        row = engine._scheduler.running.index(victim)
         with torch.inference_mode():
             for values in engine._executor.cache._values:
                 values[row].fill_(float("nan"))
