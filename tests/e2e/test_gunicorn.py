@@ -276,6 +276,7 @@ def test_settings_are_read_at_the_start_and_at_a_reload(tmp_path: Path):
         until(lambda: post(server.port, GOOD).status == 200, 30)
 
 
+@pytest.mark.slow  # without a model the test above sees it
 def test_a_killed_worker_comes_back(tmp_path: Path):
     with Server(tmp_path / "log") as server:
         server.wait()

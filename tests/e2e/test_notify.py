@@ -36,7 +36,7 @@ def test_ready_is_told_by_the_worker_once_the_model_answers(tmp_path: Path):
     """gunicorn's own READY came from the master, seconds before anything was loaded."""
     with (
         Systemd(tmp_path) as systemd,
-        Server(tmp_path / "log", NOTIFY_SOCKET=systemd.path) as server,
+        Server(tmp_path / "log", "tests.e2e.apps:app", NOTIFY_SOCKET=systemd.path) as server,
     ):
         systemd.until("WATCHDOG=1")
         assert "READY=1" not in systemd.told
