@@ -111,7 +111,7 @@ def test_the_demo_model_with_all_its_ends(demo):
     rng = random.Random(3)
     with running(demo) as engine:
         pairs = []
-        for _ in range(24):
+        for _ in range(12):
             image, _scene = draw(rng, 100, 100)
             each = request(image, rng.choice(("描述一下这张图片。", "what shape is present?")))
             pairs.append((engine.submit(each), generate(demo, each)))

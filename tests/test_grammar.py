@@ -182,8 +182,10 @@ def check_calls(found: list[dict[str, Any]]) -> None:
 
 def test_calls_of_tools_are_in_the_template_s_form_and_fit_their_parameters(engine):
     names = set()
-    for seed in range(12):
-        text, reason = answer(engine.submit(asked(Constraint("tools", tools=TOOLS), seed=seed)))
+    constraint = Constraint("tools", tools=TOOLS)
+    sequences = [engine.submit(asked(constraint, seed=seed)) for seed in range(12)]
+    for sequence in sequences:
+        text, reason = answer(sequence)
         if reason is FinishReason.STOP:
             found = calls(text)
             check_calls(found)

@@ -19,7 +19,7 @@ class Systemd:
         self._socket.bind(self.path)
         self.told: list[str] = []
 
-    def until(self, message: str, seconds: float = 60) -> None:
+    def until(self, message: str, seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
         while message not in self.told:
             self._socket.settimeout(max(0.01, deadline - time.monotonic()))
