@@ -48,7 +48,7 @@ def until_idle(engine: Engine) -> None:
     )
 
 
-def spread(loaded: LoadedModel, attention: str = "sdpa") -> LoadedModel:
+def spread(loaded: LoadedModel, attention: str = "sdpa", layers: int = 4) -> LoadedModel:
     """The embedded architecture with random weights, and pictures of up to 256 tokens.
 
     A trained demo model hides errors, since it answers alike wherever the picture's tokens are.
@@ -56,6 +56,7 @@ def spread(loaded: LoadedModel, attention: str = "sdpa") -> LoadedModel:
     """
     torch.manual_seed(1)
     config = copy.deepcopy(loaded.model.config)
+    config.text_config.num_hidden_layers = layers
     model = Qwen3VLForConditionalGeneration(config).eval()
     model.set_attn_implementation(attention)
     with torch.no_grad():
