@@ -22,7 +22,13 @@ from qwenvl_app.generation import (
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import sse
 from qwenvl_app.web.answering import Answering, Service
-from qwenvl_app.web.chat_schema import ChatMessage, ChatRequest, TextPart
+from qwenvl_app.web.chat_schema import (
+    ChatMessage,
+    ChatRequest,
+    PixelLimits,
+    TemplateOptions,
+    TextPart,
+)
 from qwenvl_app.web.errors import as_service_error, dumps, openai_error
 from qwenvl_app.web.image_parts import load_image
 from qwenvl_app.web.json_body import read_json
@@ -59,7 +65,7 @@ def blueprint(service: Service) -> Blueprint:
         """An answer in one piece, or as events."""
         with Answering(service) as answering:
             with answering.record.stage("read"):
-                asked = ChatRequest.parse(read_json(request), settings.max_new_tokens)
+                asked = ChatRequest.parse(read_json(request))
                 _check_length(asked, settings.max_prompt_chars)
             answering.admit()
             deltas = answering.generate(_request(asked, answering, settings))
@@ -92,7 +98,8 @@ def _request(asked: ChatRequest, answering: Answering, settings: Settings) -> Ge
             _message(message, number, answering, settings)
             for number, message in enumerate(asked.messages)
         )
-    options, pixels = asked.chat_template_kwargs, asked.mm_processor_kwargs
+    options = asked.chat_template_kwargs or TemplateOptions()
+    pixels = asked.mm_processor_kwargs or PixelLimits()
     return GenerationRequest(
         messages,
         answering.request_id,
@@ -163,7 +170,7 @@ class _Answer:
                 if said or delta.logprobs:
                     yield self._chunk(said, self._logprobs(delta.logprobs))
             yield self._chunk({}, finish=_finish(self._answering.record.finish_reason))
-            if self._asked.stream_options and self._asked.stream_options.include_usage:
+            if self._asked.include_usage:
                 usage = _usage(self._answering.record.usage)
                 yield self._event({"choices": [], "usage": usage})
         except Exception as failure:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qwenvl_app.generation import Constraint, SamplingParams
+from qwenvl_app.web.chat_neutral import NeutralMessage, NeutralRequest, Off, Seed
+from qwenvl_app.web.complaints import complaint
 from qwenvl_app.web.errors import InvalidParameter
 
 _MAX_MESSAGES = 1000
@@ -18,10 +20,10 @@ class _Model(BaseModel):
 
 
 class ImageURL(_Model):
-    """Where a picture is; of ``detail`` there is one level only."""
+    """Where a picture is; of ``detail`` there is the highest level only."""
 
     url: str
-    detail: Literal["auto"] = "auto"
+    detail: Literal["auto", "high"] | None = None
 
 
 class TextPart(_Model):
@@ -41,7 +43,7 @@ class ImagePart(_Model):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class ChatMessage(_Model):
+class ChatMessage(_Model, NeutralMessage):
     """One turn; ``developer`` is a newer name of ``system``."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -72,7 +74,8 @@ class PixelLimits(_Model):
 class StreamOptions(_Model):
     """What a stream says beside the answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Off | None = None
 
 
 class TextFormat(_Model):
@@ -109,8 +112,8 @@ ResponseFormat = Annotated[TextFormat | JsonObject | JsonSchemaFormat, Field(dis
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class ChatRequest(_Model):
-    """``user``, ``metadata`` and ``store`` are taken and have no effect: nothing is stored."""
+class ChatRequest(_Model, NeutralRequest):
+    """``model`` has no effect: there is one. A longest answer over the service's own is that."""
 
     model: str | None = None
     messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_MESSAGES)
@@ -120,55 +123,50 @@ class ChatRequest(_Model):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: float | None = Field(default=None, gt=0, le=2)
-    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    seed: Seed = None
     stop: (
         Annotated[str, Field(min_length=1, max_length=1000)]
         | Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4)]
         | None
     ) = None
     ignore_eos: bool | None = None
-    n: Literal[1] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    chat_template_kwargs: TemplateOptions = TemplateOptions()
-    mm_processor_kwargs: PixelLimits = PixelLimits()
+    chat_template_kwargs: TemplateOptions | None = None
+    mm_processor_kwargs: PixelLimits | None = None
     response_format: ResponseFormat | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
 
     @classmethod
-    def parse(cls, body: dict[str, Any], max_new_tokens: int) -> ChatRequest:
+    def parse(cls, body: dict[str, Any]) -> ChatRequest:
         """Validate ``body``. Raises InvalidParameter, which names the first wrong field."""
         try:
             parsed = cls.model_validate(body)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            param = ".".join(str(step)[:100] for step in first["loc"])
-            said = "it is not supported" if first["type"] == "extra_forbidden" else first["msg"]
-            raise InvalidParameter(f"{param}: {said}", param) from None
+            raise complaint(error, body) from None
         both = (parsed.max_tokens, parsed.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise InvalidParameter(
                 "max_tokens and max_completion_tokens differ: send one of them.", "max_tokens"
             )
-        if (parsed.limit or 0) > max_new_tokens:
-            name = "max_tokens" if parsed.max_tokens else "max_completion_tokens"
-            raise InvalidParameter(f"{name}: the limit here is {max_new_tokens}.", name)
-        if parsed.top_logprobs is not None and not parsed.logprobs:
+        if parsed.top_logprobs and not parsed.logprobs:
             raise InvalidParameter("top_logprobs: only with logprobs.", "top_logprobs")
-        if parsed.stream_options and not parsed.stream:
+        if parsed.include_usage and not parsed.stream:
             raise InvalidParameter("stream_options: only with stream.", "stream_options")
         return parsed
 
     @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with what it cost."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
     def limit(self) -> int | None:
-        """The longest answer, in tokens."""
+        """The longest answer, in tokens; the engine has a limit of its own."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
