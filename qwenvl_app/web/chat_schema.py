@@ -49,6 +49,7 @@ class ChatMessage(_Model, NeutralMessage):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(max_length=_MAX_PARTS)]
     reasoning_content: str | None = None
+    tool_calls: None = None
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
