@@ -204,6 +204,7 @@ BROKEN_JSON = {
     "5,000 digits": b'{"seed": ' + b"9" * 5000 + b"}",
     "65 levels": deep(65).encode(),
     "100,000 levels": deep(100_000).encode(),
+    "20,000 keys": json.dumps({str(number): 1 for number in range(20_000)}).encode(),
     "a control character": b'{"user": "\x01"}',
 }
 BAD_FIELDS = {
@@ -246,6 +247,15 @@ BAD_FIELDS = {
     "an annotation": said("x", "assistant", annotations=[{}]),
     "a low detail": said(
         [{"type": "image_url", "image_url": {"url": URL, "detail": "low"}}],
+    ),
+    "a user of 2,000": hello(user="x" * 2000),
+    "17 labels": hello(metadata={str(number): "x" for number in range(17)}),
+    "a label that is a number": hello(metadata={"a": 1}),
+    "a schema of 2 MB": hello(
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"title": "x" * 2**21}},
+        }
     ),
     "a part's type of 100,000": said([{"type": "x" * 100_000}]),
     "a key of 100,000": hello(**{"x" * 100_000: 1}),
@@ -380,6 +390,7 @@ def test_values_at_their_ends(client, backend: FakeBackend):
         (BAD_FIELDS["a text that is a list"], "messages.0.content.0.text"),
         (said([{"type": "image_url"}]), "messages.0.content.0.image_url"),
         (BAD_FIELDS["content: a number"], "messages.0.content"),
+        (said([{"type": "text", "text": "x", "more": 1}]), "messages.0.content.0.more"),
         (BAD_FIELDS["five stops"], "stop"),
         (BAD_FIELDS["a stop of numbers"], "stop.0"),
         (BAD_FIELDS["a schema that is none"], "response_format.json_schema.schema"),

@@ -31,7 +31,7 @@ from qwenvl_app.web.chat_schema import (
 )
 from qwenvl_app.web.errors import as_service_error, dumps, openai_error
 from qwenvl_app.web.image_parts import load_image
-from qwenvl_app.web.json_body import read_json
+from qwenvl_app.web.json_body import in_turn, read_json
 
 Json = dict[str, Any]
 
@@ -64,7 +64,7 @@ def blueprint(service: Service) -> Blueprint:
     def chat() -> Response:
         """An answer in one piece, or as events."""
         with Answering(service) as answering:
-            with answering.record.stage("read"):
+            with answering.record.stage("read"), in_turn(request):
                 asked = ChatRequest.parse(read_json(request))
                 _check_length(asked, settings.max_prompt_chars)
             answering.admit()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+Label = Annotated[str, Field(max_length=1000)]
 EmptyDict = Annotated[dict[str, Any], Field(max_length=0)]
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 # Torch's range. -1 is no seed at all, as for vLLM and llama.cpp.
@@ -49,10 +50,10 @@ class NeutralRequest(BaseModel):
     and prompts are cached anyway.
     """
 
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    metadata: dict[str, Any] | None = None
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    metadata: Annotated[dict[Label, Label], Field(max_length=16)] | None = None
     store: Off | None = None
     n: One | None = None
     service_tier: Literal["auto", "default"] | None = None

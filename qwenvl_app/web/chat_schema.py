@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from qwenvl_app.generation import Constraint, SamplingParams
-from qwenvl_app.web.chat_neutral import NeutralMessage, NeutralRequest, Off, Seed
+from qwenvl_app.web.chat_neutral import Label, NeutralMessage, NeutralRequest, Off, Seed
 from qwenvl_app.web.complaints import complaint
 from qwenvl_app.web.errors import InvalidParameter
 
 _MAX_MESSAGES = 1000
 _MAX_PARTS = 1000
+_MAX_SCHEMA = 1_000_000
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def _expect_ascii(url: str) -> str:
+    """A picture of 20 MB with one Chinese character in it would be kept as 40, and be none."""
+    if url.startswith("data:") and not url.isascii():
+        raise PydanticCustomError("base64", "it is not valid base64.")
+    return url
+
+
+def _expect_short(schema: dict[str, Any]) -> dict[str, Any]:
+    if len(json.dumps(schema, ensure_ascii=False)) > _MAX_SCHEMA:
+        raise PydanticCustomError("too_long", f"it has more than {_MAX_SCHEMA} characters")
+    return schema
+
+
 class ImageURL(_Model):
     """Where a picture is; of ``detail`` there is the highest level only."""
 
-    url: str
+    url: Annotated[str, AfterValidator(_expect_ascii)]
     detail: Literal["auto", "high"] | None = None
 
 
@@ -47,7 +63,7 @@ class ChatMessage(_Model, NeutralMessage):
     """One turn; ``developer`` is a newer name of ``system``."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(max_length=_MAX_PARTS)]
+    content: str | Annotated[list[Part], Field(max_length=_MAX_PARTS, fail_fast=True)]
     reasoning_content: str | None = None
     tool_calls: None = None
 
@@ -94,9 +110,11 @@ class JsonObject(_Model):
 class JsonSchema(_Model):
     """``schema`` is held to whether or not ``strict``; a ``description`` has no effect."""
 
-    name: str
-    description: str | None = None
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    name: Label
+    description: Annotated[str, Field(max_length=100_000)] | None = None
+    schema_: Annotated[dict[str, Any], AfterValidator(_expect_short)] = Field(
+        default_factory=dict, alias="schema"
+    )
     strict: bool | None = None
 
 
@@ -116,8 +134,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 class ChatRequest(_Model, NeutralRequest):
     """``model`` has no effect: there is one. A longest answer over the service's own is that."""
 
-    model: str | None = None
-    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_MESSAGES)
+    model: Label | None = None
+    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)

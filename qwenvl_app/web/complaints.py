@@ -9,6 +9,8 @@ from pydantic_core import ErrorDetails
 
 from qwenvl_app.web.errors import InvalidParameter
 
+Place = list[int | str]
+
 
 def complaint(error: ValidationError, body: object) -> InvalidParameter:
     """The error of the first wrong field of ``body``.
@@ -33,16 +35,33 @@ def _nearness(error: ErrorDetails) -> tuple[int, bool]:
     return len(error["loc"]), not error["type"].endswith("_type")
 
 
-def _place(error: ErrorDetails, body: Any) -> list[int | str]:
+def _place(error: ErrorDetails, body: Any) -> Place:
     """Where it is, without the names of pydantic's types, which are in ``loc`` but not in ``body``.
 
     A field that is missing is not there either, and the last step.
     """
-    place: list[int | str] = []
-    for step in error["loc"]:
-        try:
-            body = body[step]
-        except (LookupError, TypeError):
-            continue
-        place.append(step)
-    return [*place, error["loc"][-1]] if error["type"] == "missing" else place
+    *way, last = error["loc"]
+    if error["type"] == "missing":
+        return [*(_follow(way, body) or ()), last]
+    return _follow([*way, last], body, to_the_end=error["type"] == "extra_forbidden") or [last]
+
+
+def _follow(steps: Place, body: Any, *, to_the_end: bool = False) -> Place | None:
+    """Those of ``steps`` that lead into ``body``; None if the last has to and does not.
+
+    A type may have the name of a field beside the one that is meant, so both are tried.
+    """
+    if not steps:
+        return []
+    step, *others = steps
+    if _leads(step, body):
+        rest = _follow(others, body[step], to_the_end=to_the_end)
+        if rest is not None:
+            return [step, *rest]
+    return None if to_the_end and not others else _follow(others, body, to_the_end=to_the_end)
+
+
+def _leads(step: int | str, body: Any) -> bool:
+    if isinstance(body, dict):
+        return step in body
+    return isinstance(body, list) and isinstance(step, int)
