@@ -12,7 +12,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qwenvl_app import create_app, process
+from qwenvl_app import create_app, process, testing
 from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.settings import Settings, load_settings
@@ -22,6 +22,11 @@ from tests.wire import MULTIPART, ROUTE, Answer
 
 # As the service does: two threads on two busy cores spend their time waiting for one another.
 process.use_threads(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The fixtures that integrators use; as pytest_plugins they would come after their import."""
+    config.pluginmanager.register(testing)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -52,6 +52,7 @@ def test_an_answer(client, backend: FakeBackend):
     assert response.status_code == 200
     body = response.json
     assert body.pop("created") > 0
+    assert set(body.pop("timings")) == {"read_ms", "queue_ms", "image_ms"}  # a real one knows more
     assert body == {
         "id": "chatcmpl-one",
         "model": "demo",

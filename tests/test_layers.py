@@ -16,7 +16,7 @@ MODULES = sorted(
     for path in PACKAGE.rglob("*.py")
 )
 LAYERS = [
-    (7, ("qwenvl_app.cli",)),
+    (7, ("qwenvl_app.cli", "qwenvl_app.testing")),
     (6, ("qwenvl_app.server",)),
     (5, ("qwenvl_app.web",)),
     (4, ("qwenvl_app.backends",)),

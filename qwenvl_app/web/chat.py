@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,11 @@ from qwenvl_app.generation import (
     TokenLogprob,
     Usage,
 )
+from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import sse
 from qwenvl_app.web.answering import Answering, Service
-from qwenvl_app.web.chat_schema import (
-    ChatMessage,
-    ChatRequest,
-    PixelLimits,
-    TemplateOptions,
-    TextPart,
-)
+from qwenvl_app.web.chat_schema import ChatMessage, ChatRequest, ImagePart, TextPart
 from qwenvl_app.web.errors import as_service_error, dumps, openai_error
 from qwenvl_app.web.image_parts import load_image
 from qwenvl_app.web.json_body import in_turn, read_json
@@ -67,8 +62,9 @@ def blueprint(service: Service) -> Blueprint:
             with answering.record.stage("read"), in_turn(request):
                 asked = ChatRequest.parse(read_json(request))
                 _check_length(asked, settings.max_prompt_chars)
+            fetched = answering.fetch(_addresses(asked))
             answering.admit()
-            deltas = answering.generate(_request(asked, answering, settings))
+            deltas = answering.generate(_request(asked, answering, settings, fetched))
             answer = _Answer(asked, answering, _name(settings))
             if not asked.stream:
                 return jsonify(answer.whole(deltas))
@@ -91,30 +87,48 @@ def _check_length(asked: ChatRequest, most: int) -> None:
         raise TooLarge(f"messages: {length} characters, and the limit is {most}.")
 
 
-def _request(asked: ChatRequest, answering: Answering, settings: Settings) -> GenerationRequest:
+def _addresses(asked: ChatRequest) -> dict[str, str]:
+    """The URLs of pictures that are elsewhere, each with the field it stands in."""
+    return {
+        part.image_url.url: _where(number, place)
+        for number, message in enumerate(asked.messages)
+        for place, part in enumerate(message.parts)
+        if isinstance(part, ImagePart) and not part.image_url.url.startswith("data:")
+    }
+
+
+def _where(number: int, place: int) -> str:
+    return f"messages.{number}.content.{place}.image_url"
+
+
+def _request(
+    asked: ChatRequest, answering: Answering, settings: Settings, fetched: Mapping[str, bytes]
+) -> GenerationRequest:
     """What the backend is asked; pictures are decoded here, under the permit."""
     with answering.record.stage("image"):
         messages = tuple(
-            _message(message, number, answering, settings)
+            _message(message, number, answering, settings, fetched)
             for number, message in enumerate(asked.messages)
         )
-    options = asked.chat_template_kwargs or TemplateOptions()
-    pixels = asked.mm_processor_kwargs or PixelLimits()
     return GenerationRequest(
         messages,
         answering.request_id,
         asked.sampling(settings.repetition_limit),
         stream=bool(asked.stream),
         deadline=answering.deadline.at,
-        template_options=options.model_dump(exclude_none=True),
+        template_options=asked.template_options,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-        pixels=(pixels.min_pixels, pixels.max_pixels),
+        pixels=asked.pixels,
         constraint=asked.constraint,
     )
 
 
 def _message(
-    message: ChatMessage, number: int, answering: Answering, settings: Settings
+    message: ChatMessage,
+    number: int,
+    answering: Answering,
+    settings: Settings,
+    fetched: Mapping[str, bytes],
 ) -> Message:
     content: list[str | Image] = []
     for place, part in enumerate(message.parts):
@@ -122,11 +136,11 @@ def _message(
             content.append(part.text)
             continue
         answering.deadline.check()
-        where = f"messages.{number}.content.{place}.image_url"
+        where = _where(number, place)
         # The limit is for all of them: a small body may hold many that are large once decoded.
         pixels = answering.record.pixels or 0
         left = settings.max_image_megapixels - pixels / 1e6
-        image = load_image(part.image_url.url, where, left)
+        image = load_image(part.image_url.url, where, left, fetched)
         answering.record.pixels = pixels + image.width * image.height
         content.append(image)
     role = "system" if message.role == "developer" else message.role
@@ -156,8 +170,7 @@ class _Answer:
             "logprobs": self._logprobs(tuple(one for part in parts for one in part.logprobs)),
             "finish_reason": _finish(self._answering.record.finish_reason),
         }
-        usage = _usage(self._answering.record.usage)
-        return self._head | {"object": "chat.completion", "choices": [choice], "usage": usage}
+        return self._head | {"object": "chat.completion", "choices": [choice]} | self._account()
 
     def events(self, deltas: Iterator[Delta]) -> Iterator[str]:
         """``chat.completion.chunk`` events; an error in mid-stream is one, too."""
@@ -171,13 +184,16 @@ class _Answer:
                     yield self._chunk(said, self._logprobs(delta.logprobs))
             yield self._chunk({}, finish=_finish(self._answering.record.finish_reason))
             if self._asked.include_usage:
-                usage = _usage(self._answering.record.usage)
-                yield self._event({"choices": [], "usage": usage})
+                yield self._event({"choices": []} | self._account())
         except Exception as failure:
             error = as_service_error(failure, self._answering.request_id)
             self._answering.record.reason = error.reason
             yield sse.event(dumps(openai_error(error, self._answering.request_id)))
         yield sse.DONE
+
+    def _account(self) -> Json:
+        record = self._answering.record
+        return {"usage": _usage(record.usage), "timings": _timings(record)}
 
     def _chunk(self, delta: Json, logprobs: Json | None = None, finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -201,6 +217,19 @@ def _token(token: TokenLogprob) -> Json:
 def _finish(reason: FinishReason | None) -> str:
     """In OpenAI's words; an answer that repeats itself was cut."""
     return "stop" if reason is FinishReason.STOP else "length"
+
+
+def _timings(record: RequestRecord) -> Json:
+    """Milliseconds of each stage; a field of that name is llama-server's, too."""
+    seconds = {name: record.stages.get(name, 0.0) for name in ("read", "queue", "image")}
+    if timings := record.timings:
+        seconds["queue"] += timings.queue
+        seconds |= {
+            "preprocess": timings.preprocess,
+            "prefill": timings.prefill,
+            "decode": timings.decode,
+        }
+    return {f"{name}_ms": round(value * 1000, 1) for name, value in seconds.items()}
 
 
 def _usage(usage: Usage | None) -> Json:

@@ -15,11 +15,6 @@ from pydantic_core import PydanticCustomError
 Label = Annotated[str, Field(max_length=1000)]
 EmptyDict = Annotated[dict[str, Any], Field(max_length=0)]
 EmptyList = Annotated[list[Any], Field(max_length=0)]
-# Torch's range. -1 is no seed at all, as for vLLM and llama.cpp.
-Seed = Annotated[
-    Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None,
-    AfterValidator(lambda seed: None if seed == -1 else seed),
-]
 
 
 def _is_off(value: bool) -> bool:

@@ -9,9 +9,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from qwenvl_app.generation import Constraint, SamplingParams
-from qwenvl_app.web.chat_neutral import Label, NeutralMessage, NeutralRequest, Off, Seed
+from qwenvl_app.web.chat_neutral import Label, NeutralMessage, NeutralRequest, Off
 from qwenvl_app.web.complaints import complaint
 from qwenvl_app.web.errors import InvalidParameter
+from qwenvl_app.web.sampling_fields import SamplingFields, StopText
 
 _MAX_MESSAGES = 1000
 _MAX_PARTS = 1000
@@ -128,10 +129,7 @@ class JsonSchemaFormat(_Model):
 ResponseFormat = Annotated[TextFormat | JsonObject | JsonSchemaFormat, Field(discriminator="type")]
 
 
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-
-
-class ChatRequest(_Model, NeutralRequest):
+class ChatRequest(_Model, SamplingFields, NeutralRequest):
     """``model`` has no effect: there is one. A longest answer over the service's own is that."""
 
     model: Label | None = None
@@ -140,19 +138,7 @@ class ChatRequest(_Model, NeutralRequest):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: float | None = Field(default=None, gt=0, le=2)
-    seed: Seed = None
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=1000)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=4)]
-        | None
-    ) = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     ignore_eos: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -189,6 +175,18 @@ class ChatRequest(_Model, NeutralRequest):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def template_options(self) -> dict[str, Any]:
+        """For the chat template; what was not sent is its own."""
+        options = self.chat_template_kwargs
+        return options.model_dump(exclude_none=True) if options else {}
+
+    @property
+    def pixels(self) -> tuple[int | None, int | None]:
+        """The least and the most of a picture; None leaves the checkpoint's."""
+        limits = self.mm_processor_kwargs or PixelLimits()
+        return limits.min_pixels, limits.max_pixels
+
+    @property
     def constraint(self) -> Constraint | None:
         """What the answer has to be; None if it may be any text."""
         if isinstance(self.response_format, JsonSchemaFormat):
@@ -201,15 +199,8 @@ class ChatRequest(_Model, NeutralRequest):
         """How to generate; what was not sent is the checkpoint's."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(
+            **self.sent(),
             max_new_tokens=self.limit,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            seed=self.seed,
             stop=stop,
             ignore_eos=bool(self.ignore_eos),
             repetition_limit=repetition_limit,

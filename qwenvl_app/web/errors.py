@@ -72,6 +72,7 @@ OPENAI_ROUTES = frozenset({"/v1/chat/completions", "/v1/models"})
 _ENGLISH = {
     "bad_request": "The request cannot be understood.",
     "unauthorized": "A valid API key is missing.",
+    "key_limit": "This API key has as many requests under way as one may have; try again later.",
     "too_large": "The body, a picture, or the conversation is larger than the limit.",
     "busy": "The service is busy; try again later.",
     "queue_full": "The service is busy; try again later.",
@@ -108,7 +109,9 @@ def as_service_error(error: Exception, request_id: str) -> ServiceError:
     return Unavailable.exhausted() if is_out_of_memory(error) else _ours()
 
 
-def render(error: ServiceError, request_id: str, path: str) -> tuple[int, dict[str, str], bytes]:
+def render(
+    error: ServiceError, request_id: str, path: str = ""
+) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the answer to ``error``. Any thread, in or out of a request.
 
     ``path`` is what was asked for, which decides the shape; "" if that is not known.

@@ -6,31 +6,27 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from flask import request
 
 from qwenvl_app import create_app
-from qwenvl_app.generation import Delta, GenerationRequest
-from tests.fakes import FakeBackend, FakeGeneration
-from tests.waiting import until
+from tests.fakes import FakeBackend
 
 
-class SlowGeneration(FakeGeneration):
-    def __iter__(self) -> Iterator[Delta]:
-        time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
-        until(lambda: not Path(os.environ.get("FAKE_HOLD", "/nowhere")).exists())
-        yield from super().__iter__()
+class Unheld(threading.Event):
+    """Set while nobody holds the answers back."""
+
+    def is_set(self) -> bool:
+        return not Path(os.environ.get("FAKE_HOLD", "/nowhere")).exists()
 
 
-class SlowBackend(FakeBackend):
-    def generate(self, request: GenerationRequest) -> FakeGeneration:
-        return SlowGeneration(self.pieces, self.go, self.failure, request.deadline)
-
-
-app = create_app(backend=SlowBackend("一个", "答案。"))
+backend = FakeBackend("一个", "答案。")
+backend.delay_s = float(os.environ.get("FAKE_SECONDS", "0"))
+backend.go = Unheld()
+app = create_app(backend=backend)
 
 
 @app.post("/age")

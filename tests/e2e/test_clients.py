@@ -136,7 +136,7 @@ def test_vercels_package(server: Server, made: dict[str, dict[str, Any]], provid
     assert calls["refused"] == {**refused, "message": "reasoning_effort: it is not supported"}
     assert calls["aborted"] is True
 
-    left = re.compile(rf"\[js-{provider}\].* finish=cancelled reason=client_gone\n")
+    left = re.compile(rf"\[js-{provider}\].* reason=client_gone\n")
     until(lambda: left.search(server.log.read_text()), said=server.log.read_text)
     until(lambda: b"\nqwenvl_num_requests_running 0.0\n" in send(server.port, "GET", "/metrics")[2])
 
