@@ -270,6 +270,7 @@ BAD_FIELDS = {
     "min_p: 2": hello(min_p=2),
     "presence_penalty: 3": hello(presence_penalty=3),
     "repetition_penalty: 0": hello(repetition_penalty=0),
+    "repetition_penalty: tiny": hello(repetition_penalty=5e-324),
     "seed: 2**64": hello(seed=2**64),
     "seed: -2**64": hello(seed=-(2**64)),
     "seed: 1.5": hello(seed=1.5),
@@ -312,10 +313,7 @@ BAD_FIELDS = {
 # What frameworks write out, and messages of answers as a client hands them back.
 OPENAIS = set(CompletionCreateParamsBase.__annotations__) - {"messages"}
 OURS = set(ChatRequest.model_fields) - {"messages"}
-NOTHING = {
-    name: hello(**{name: None})
-    for name in sorted(OPENAIS - {"tools", "tool_choice", "parallel_tool_calls"} | OURS)
-} | {
+NOTHING = {name: hello(**{name: None}) for name in sorted(OPENAIS | OURS)} | {
     "defaults": hello(
         n=1,
         stop=[],

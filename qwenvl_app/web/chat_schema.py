@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from qwenvl_app.generation import Constraint, SamplingParams
+from qwenvl_app.generation import CALL_MARKS, Constraint, SamplingParams
 from qwenvl_app.web.chat_neutral import Label, NeutralMessage, NeutralRequest, Off
 from qwenvl_app.web.complaints import complaint
 from qwenvl_app.web.errors import InvalidParameter
+from qwenvl_app.web.response_format import JsonObject, JsonSchemaFormat, ResponseFormat
 from qwenvl_app.web.sampling_fields import SamplingFields, StopText
+from qwenvl_app.web.strict_model import StrictModel as _Model
+from qwenvl_app.web.tool_schema import (
+    MAX_TOOLS,
+    Calls,
+    NamedTool,
+    Tool,
+    ToolChoice,
+    check_choice,
+    for_template,
+    in_order,
+)
 
 _MAX_MESSAGES = 1000
 _MAX_PARTS = 1000
-_MAX_SCHEMA = 1_000_000
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 def _expect_ascii(url: str) -> str:
@@ -28,12 +35,6 @@ def _expect_ascii(url: str) -> str:
     if url.startswith("data:") and not url.isascii():
         raise PydanticCustomError("base64", "it is not valid base64.")
     return url
-
-
-def _expect_short(schema: dict[str, Any]) -> dict[str, Any]:
-    if len(json.dumps(schema, ensure_ascii=False)) > _MAX_SCHEMA:
-        raise PydanticCustomError("too_long", f"it has more than {_MAX_SCHEMA} characters")
-    return schema
 
 
 class ImageURL(_Model):
@@ -61,19 +62,23 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class ChatMessage(_Model, NeutralMessage):
-    """One turn; ``developer`` is a newer name of ``system``."""
+    """One turn; ``developer`` is a newer name of ``system``.
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(max_length=_MAX_PARTS, fail_fast=True)]
+    An assistant's with ``tool_calls`` may have no content. A ``tool``'s is the result of a call.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Part], Field(max_length=_MAX_PARTS, fail_fast=True)] | None = None
     reasoning_content: str | None = None
-    tool_calls: None = None
+    tool_calls: Calls | None = None
+    tool_call_id: str | None = None
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
         """The content as parts."""
         if isinstance(self.content, str):
             return [TextPart(type="text", text=self.content)]
-        return self.content
+        return self.content or []
 
 
 class TemplateOptions(_Model):
@@ -96,39 +101,6 @@ class StreamOptions(_Model):
     include_obfuscation: Off | None = None
 
 
-class TextFormat(_Model):
-    """Any text."""
-
-    type: Literal["text"]
-
-
-class JsonObject(_Model):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-
-class JsonSchema(_Model):
-    """``schema`` is held to whether or not ``strict``; a ``description`` has no effect."""
-
-    name: Label
-    description: Annotated[str, Field(max_length=100_000)] | None = None
-    schema_: Annotated[dict[str, Any], AfterValidator(_expect_short)] = Field(
-        default_factory=dict, alias="schema"
-    )
-    strict: bool | None = None
-
-
-class JsonSchemaFormat(_Model):
-    """JSON that a schema admits."""
-
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-ResponseFormat = Annotated[TextFormat | JsonObject | JsonSchemaFormat, Field(discriminator="type")]
-
-
 class ChatRequest(_Model, SamplingFields, NeutralRequest):
     """``model`` has no effect: there is one. A longest answer over the service's own is that."""
 
@@ -145,6 +117,9 @@ class ChatRequest(_Model, SamplingFields, NeutralRequest):
     chat_template_kwargs: TemplateOptions | None = None
     mm_processor_kwargs: PixelLimits | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @classmethod
     def parse(cls, body: dict[str, Any]) -> ChatRequest:
@@ -162,7 +137,11 @@ class ChatRequest(_Model, SamplingFields, NeutralRequest):
             raise InvalidParameter("top_logprobs: only with logprobs.", "top_logprobs")
         if parsed.include_usage and not parsed.stream:
             raise InvalidParameter("stream_options: only with stream.", "stream_options")
-        return parsed
+        check_choice(parsed.tools or (), parsed.tool_choice)
+        if parsed.offered and parsed.constraint and parsed.constraint.kind == "json":
+            said = "not together with tools, but for the tool_choice none"
+            raise InvalidParameter(f"response_format: {said}.", "response_format")
+        return parsed.model_copy(update={"messages": in_order(parsed.messages)})
 
     @property
     def include_usage(self) -> bool:
@@ -187,17 +166,41 @@ class ChatRequest(_Model, SamplingFields, NeutralRequest):
         return limits.min_pixels, limits.max_pixels
 
     @property
+    def characters(self) -> int:
+        """Of all that becomes text in the prompt."""
+        texts = [message.reasoning_content or "" for message in self.messages]
+        parts = [part for message in self.messages for part in message.parts]
+        texts += [part.text for part in parts if isinstance(part, TextPart)]
+        calls = [call for message in self.messages for call in message.tool_calls or ()]
+        texts += [call.function.name + call.function.arguments for call in calls]
+        texts += [json.dumps(tool, ensure_ascii=False) for tool in self.offered]
+        return sum(map(len, texts))
+
+    @property
+    def offered(self) -> tuple[dict[str, Any], ...]:
+        """The tools that the model is told of."""
+        return () if self.tool_choice == "none" else for_template(self.tools or ())
+
+    @property
     def constraint(self) -> Constraint | None:
         """What the answer has to be; None if it may be any text."""
         if isinstance(self.response_format, JsonSchemaFormat):
             return Constraint("json", self.response_format.json_schema.schema_)
         if isinstance(self.response_format, JsonObject):
             return Constraint("json", {"type": "object"})
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            named = (tool for tool in self.offered if tool["function"]["name"] == name)
+            return Constraint("tools", tools=tuple(named), single=True)
+        if self.tool_choice == "required":
+            return Constraint("tools", tools=self.offered, single=self.parallel_tool_calls is False)
         return None
 
     def sampling(self, repetition_limit: int) -> SamplingParams:
         """How to generate; what was not sent is the checkpoint's."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if self.offered and self.parallel_tool_calls is False and not self.constraint:
+            stop = (*stop, CALL_MARKS[1])  # after which another call would begin
         return SamplingParams(
             **self.sent(),
             max_new_tokens=self.limit,
