@@ -12,7 +12,7 @@ from gunicorn.config import Config
 from gunicorn.http import RequestParser
 from gunicorn.workers.gthread import TConn
 
-from qwenvl_app.server.framing import Incoming, State
+from qwenvl_app.server.framing import Asked, Incoming, State
 
 SEND_TIMEOUT_S = 10  # for a client that does not read its answer
 _SEND_TIMEOUT = struct.pack("ll", SEND_TIMEOUT_S, 0)  # struct timeval
@@ -28,7 +28,7 @@ class Taken:
     arrived: float  # monotonic: its first byte
     whole: bool  # it is all there, and not only a head that is refused
     has_body: bool
-    is_head: bool  # the answer is to have no body
+    asked: Asked
     pieces: Generator[bytes, None, None]  # of its bytes, given up as gunicorn's parser reads them
 
 
@@ -57,12 +57,12 @@ class Connection(TConn):  # type: ignore[misc]
     def take(self) -> bytes:
         """Make what is there the request of a thread, with a parser; returns what follows it."""
         incoming = self.incoming
-        whole, has_body, is_head = (
+        whole, has_body, asked = (
             incoming.state is State.WHOLE,
             incoming.has_body,
-            incoming.is_head,
+            incoming.asked,
         )
         pieces, rest = incoming.take()
-        self.taken = Taken(self.arrived, whole, has_body, is_head, pieces)
+        self.taken = Taken(self.arrived, whole, has_body, asked, pieces)
         self.parser = RequestParser(self.cfg, pieces, self.client)
         return rest

@@ -156,8 +156,8 @@ class Reception:
         self.connections.linger(conn)
 
     def _answer(self, conn: Connection, error: ServiceError, why: str) -> None:
-        head, is_head = conn.incoming.request, conn.incoming.is_head
-        self._refuser.send(conn, error, why, head, is_head=is_head)
+        head, asked = conn.incoming.request, conn.incoming.asked
+        self._refuser.send(conn, error, why, head, asked)
 
     def _receive(self, conn: Connection) -> None:
         size = _RECEIVE_HEAD if conn.incoming.state is State.HEAD else _RECEIVE

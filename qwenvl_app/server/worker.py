@@ -118,8 +118,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     ) -> None:
         """Answer a request that the application does not."""
         conn: Connection = self._thread.conn
-        is_head = conn.taken.is_head
-        self.refuser.send(conn, of_http(exc), type(exc).__name__, req, is_head=is_head)
+        self.refuser.send(conn, of_http(exc), type(exc).__name__, req, conn.taken.asked)
 
     def handle_quit(self, sig: int, frame: object) -> None:
         """SIGINT and SIGQUIT: end at once, whatever the threads are doing."""
