@@ -93,6 +93,6 @@ class Answering:
 
     def _deltas(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
         for delta in deltas:
-            self.record.take(delta)
+            self.record.add(delta)
             yield delta
         self.deadline.check()
