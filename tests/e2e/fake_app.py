@@ -1,6 +1,6 @@
 """The service without a model, as an app for gunicorn that starts in no time.
 
-``FAKE_SECONDS`` is how long an answer takes.
+``FAKE_SECONDS`` is how long an answer takes, ``FAKE_PIECES`` how many of 1 kB it has if it is long.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class SlowBackend(FakeBackend):
         return SlowGeneration(self.pieces, self.go, self.failure, request.deadline)
 
 
-app = create_app(backend=SlowBackend("一个", "答案。"))
+LONG = [f"{number:1000}" for number in range(int(os.environ.get("FAKE_PIECES", "0")))]
+app = create_app(backend=SlowBackend(*(LONG or ("一个", "答案。"))))
 
 
 @app.post("/age")
