@@ -12,16 +12,22 @@ from flask import Flask
 from flask.testing import FlaskClient
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qwenvl_app import create_app, process
+from qwenvl_app import create_app, process, testing
 from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.settings import Settings, load_settings
+from tests import declared
 from tests.fakes import FakeBackend
 from tests.waiting import until
 from tests.wire import MULTIPART, ROUTE, Answer
 
 # As the service does: two threads on two busy cores spend their time waiting for one another.
 process.use_threads(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The fixtures that integrators use; as pytest_plugins they would come after their import."""
+    config.pluginmanager.register(testing)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -66,7 +72,9 @@ def backend() -> FakeBackend:
 @pytest.fixture
 def app(settings: Settings, backend: FakeBackend) -> Iterator[Flask]:
     app = create_app(settings, backend)
+    undeclared = declared.watch(app)
     yield app
+    assert not undeclared, "an answer is not as /openapi.json says"
     app.extensions["qwenvl"]["disconnects"].close()
     admission: Admission = app.extensions["qwenvl"]["admission"]
     assert admission.free == admission.permits, "a permit was not given back"

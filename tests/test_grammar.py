@@ -228,6 +228,19 @@ def test_a_mark_that_the_vocabulary_has_is_one_token(grammars, tokens):
             assert written.count(begin) == written.count(end) == len(found)
 
 
+def test_one_call_where_there_may_be_no_more(grammars, tokens):
+    end = tokens.convert_tokens_to_ids("</tool_call>")
+    for single in (True, False):
+        matcher = matcher_of(grammars, Constraint("tools", tools=TOOLS[1:], single=single))
+        text = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+        ids = tokens.encode(text)
+        assert ids[-1] == end
+        for token in ids:
+            assert token in allowed(matcher)
+            matcher.append(token)
+        assert (allowed(matcher) == ENDS) is single
+
+
 def test_the_end_is_allowed_where_the_value_is_complete_and_nowhere_else(grammars, tokens):
     schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3}
     for seed in range(20):

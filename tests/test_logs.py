@@ -65,7 +65,7 @@ def test_one_line_for_a_request_with_what_was_measured(lines, client):
         "pixels": "4096",
         "prompt_tokens": "10",
         "tokens": "3",
-        "finish": "stop",
+        "finish_reason": "stop",
         "request_id": "my-id",
     }
     assert expected.items() <= found.items()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qwenvl_app.generation import CALL_MARKS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -17,10 +19,14 @@ class Pieces:
 
     A Chinese character or an emoji is often several byte tokens, so text is held back while it
     ends in an unfinished character. Each step decodes a short window, not the whole answer.
+    Special tokens are no text, but for the marks of calls, which some vocabularies have as such.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        special = (number for number, token in added.items() if token.special)
+        self._hidden = {each for each in special if added[each].content not in CALL_MARKS}
         self._ids: list[int] = []
         self._window = 0  # where the window begins: ids before it can't change what follows
         self._emitted = 0  # ids before it have been given out as text
@@ -36,8 +42,8 @@ class Pieces:
 
     def _decode(self, end: int) -> str:
         text = self._tokenizer.decode(
-            self._ids[self._window : end],
-            skip_special_tokens=True,
+            [each for each in self._ids[self._window : end] if each not in self._hidden],
+            skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
         return str(text)

@@ -15,7 +15,8 @@ class RequestRecord:
     """One request's account, kept by the thread that answers it. Times are ``time.monotonic()``.
 
     ``stages``: seconds that this thread spent, by stage: read, queue, image. What the backend
-    says of its own part comes with the last delta. ``reason``: why there is no answer.
+    says of its own part comes with the last delta. ``reason``: why there is no answer. ``key``: the
+    name of the API key, where keys are asked for.
     """
 
     arrived: float = field(default_factory=time.monotonic)
@@ -26,6 +27,7 @@ class RequestRecord:
     timings: Timings | None = None
     finish_reason: FinishReason | None = None
     reason: str | None = None
+    key: str | None = None
 
     @property
     def age(self) -> float:

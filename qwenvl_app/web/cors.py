@@ -15,7 +15,10 @@ _PREFLIGHT = {
     "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Request-ID",
     "Access-Control-Max-Age": "7200",  # the longest that Chrome remembers
 }
-_EXPOSED = "X-Request-ID, Retry-After"
+_EXPOSED = (
+    "X-Request-ID, Retry-After, "
+    "X-Finish-Reason, X-Prompt-Tokens, X-Cached-Tokens, X-Completion-Tokens, X-Reasoning-Tokens"
+)
 
 
 def register(app: Flask, origins: Sequence[str]) -> None:

@@ -9,9 +9,9 @@ from flask import Response
 DONE = "data: [DONE]\n\n"  # OpenAI's end of a stream
 
 
-def event(data: str) -> str:
+def event(data: str, name: str = "") -> str:
     """One event. JSON has no line breaks outside its texts, where they are escaped."""
-    return f"data: {data}\n\n"
+    return (f"event: {name}\n" if name else "") + f"data: {data}\n\n"
 
 
 def response(events: Iterator[str], close: Callable[[], None]) -> Response:

@@ -7,28 +7,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 
 from flask import request
 
 from qwenvl_app import create_app
-from qwenvl_app.generation import Delta, GenerationRequest
-from tests.fakes import FakeBackend, FakeGeneration
-
-
-class SlowGeneration(FakeGeneration):
-    def __iter__(self) -> Iterator[Delta]:
-        time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
-        yield from super().__iter__()
-
-
-class SlowBackend(FakeBackend):
-    def generate(self, request: GenerationRequest) -> FakeGeneration:
-        return SlowGeneration(self.pieces, self.go, self.failure, request.deadline)
-
+from tests.fakes import FakeBackend
 
 LONG = [f"{number:1000}" for number in range(int(os.environ.get("FAKE_PIECES", "0")))]
-app = create_app(backend=SlowBackend(*(LONG or ("一个", "答案。"))))
+backend = FakeBackend(*(LONG or ("一个", "答案。")))
+backend.delay_s = float(os.environ.get("FAKE_SECONDS", "0"))
+app = create_app(backend=backend)
 
 
 @app.post("/age")

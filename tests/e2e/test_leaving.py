@@ -54,10 +54,11 @@ def settled(server: Server, before: dict) -> dict:
     return until(same, 10, lambda: str((before, debug(server))))
 
 
-def request(color: str, number: str) -> bytes:
+def request(color: str, number: str, accept: str = "*/*") -> bytes:
     body = part("image", picture("circle", color), "a.png", "image/png")
     body += part("prompt", b"what color is the shape?") + END
     head = f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-ID: {number}\r\n"
+    head += f"Accept: {accept}\r\n"
     head += f"Content-Type: {MULTIPART}\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
@@ -96,7 +97,8 @@ def test_clients_killed_at_random_moments(probed: Server, seconds: float):
                 return
             number, color = f"{seed}-{turn}", rng.choice(COLORS)
             if rng.random() < 0.8:
-                leave(rng, request(color, number), number)
+                accept = rng.choice(("*/*", "text/event-stream"))
+                leave(rng, request(color, number, accept), number)
                 continue
             answer = exchange(probed.port, request(color, number))
             stayed[answer.status] += 1
