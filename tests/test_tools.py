@@ -240,6 +240,39 @@ def test_a_call_that_breaks(text: str):
             assert content == text
 
 
+WORDS = [
+    *("<tool_call>", "</tool_call>", "\n", " ", "{", "}", '"name"', ": ", '"now"', ", ", "{}", "x"),
+    *(
+        '"arguments"',
+        "<function=now>",
+        "</function>",
+        "<parameter=a>",
+        "</parameter>",
+        "<",
+        "<tool",
+    ),
+    *("[", "]", '"', "\\", '<tool_call>{"name": "now", "arguments": ', "<tool_call><function=now>"),
+]
+
+
+def test_random_answers_are_read_alike_whole_and_in_pieces():
+    """But for calls that break when they have been told of in part."""
+    alike = 0
+    for seed in range(3000):
+        rng = random.Random(seed)
+        text = "".join(rng.choices(WORDS, k=rng.randint(1, 14)))
+        message = CallReader(TOOLS).message(text)
+        functions = [call["function"] for call in message.get("tool_calls", ())]
+        wanted = [(each["name"], each["arguments"]) for each in functions]
+        assert all(isinstance(json.loads(arguments), dict) for _, arguments in wanted)
+        assert wanted or message["content"] == text
+        content, calls, complete = read(cut(text, *(rng.randint(1, 6) for _ in range(8))))
+        if len(calls) == complete:
+            assert (content, calls) == (message["content"] or "", wanted)
+            alike += 1
+    assert alike > 2000
+
+
 def test_nothing_is_kept_back_but_what_may_begin_a_call():
     reader = CallReader(TOOLS)
     assert reader.push("a b") == [{"content": "a b"}]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from qwenvl_app.server.connection import SEND_TIMEOUT_S, Connection
-from qwenvl_app.server.framing import Incoming, Rules
+from qwenvl_app.server.framing import FramingLimits, Incoming
 from qwenvl_app.server.outgoing import UnreadAnswers
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ _UNREAD_ANSWERS = 64 * 2**20  # bytes; a stream of 1,024 tokens has 0.2 MB, with
 class Connections:
     """Used by the loop's thread only."""
 
-    def __init__(self, poller: selectors.BaseSelector, rules: Rules):
-        self._poller, self._rules = poller, rules
+    def __init__(self, poller: selectors.BaseSelector, limits: FramingLimits):
+        self._poller, self._limits = poller, limits
         self.all: set[Connection] = set()
         self.watched: set[Connection] = set()  # idle, unfinished or lingering: no thread has them
         self.unread = 0  # bytes of all requests that no thread has taken
@@ -40,7 +40,7 @@ class Connections:
 
     def renew(self, conn: Connection) -> None:
         """Expect another request; what there was of this one is gone, or a thread has it."""
-        conn.incoming = Incoming(self._rules, conn.client)
+        conn.incoming = Incoming(self._limits, conn.client)
         self.count(conn)
 
     def count(self, conn: Connection) -> None:

@@ -98,7 +98,7 @@ class Answering:
 
     def _deltas(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
         for delta in deltas:
-            self.record.take(delta)
+            self.record.add(delta)
             if delta.text or delta.reasoning or delta.logprobs or delta.finish_reason is not None:
                 yield delta
         self.deadline.check()
