@@ -15,6 +15,7 @@ from qwenvl_app.web import (
     auth,
     chat,
     cors,
+    docs,
     errors,
     ops,
     page,
@@ -77,6 +78,7 @@ def _register_routes(app: Flask, service: Service, metrics: Metrics) -> None:
     app.register_blueprint(chat.blueprint(service))
     app.register_blueprint(chat.models(settings))
     app.register_blueprint(ops.blueprint(service.status, metrics))
+    app.register_blueprint(docs.blueprint())
     if settings.page == "on":
         app.register_blueprint(page.blueprint())
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from flask import Flask
@@ -44,7 +44,7 @@ def prompt_of(request: GenerationRequest) -> str:
 
 
 class ScriptedBackend:
-    """Answers every request with ``pieces``, and does what its attributes say.
+    """Answers every request with ``pieces``, texts or deltas, and does what its attributes say.
 
     ``answer``: a function from a request to its pieces; None: ``pieces``, whatever is asked.
     ``delay_s``: seconds before the first piece, and ``apart_s`` before each other one.
@@ -56,9 +56,9 @@ class ScriptedBackend:
     ``requests`` and ``generations``: what it was asked, in order; the test reads them.
     """
 
-    def __init__(self, *pieces: str):
-        self.pieces = list(pieces)
-        self.answer: Callable[[GenerationRequest], list[str]] | None = None
+    def __init__(self, *pieces: str | Delta):
+        self.pieces: list[str | Delta] = list(pieces)
+        self.answer: Callable[[GenerationRequest], Sequence[str | Delta]] | None = None
         self.delay_s = self.apart_s = 0.0
         self.finish_reason = FinishReason.STOP
         self.go = threading.Event()
@@ -94,7 +94,9 @@ class ScriptedBackend:
 class ScriptedGeneration:
     """One answer. ``cancelled`` counts how often the service gave it up or let it go."""
 
-    def __init__(self, backend: ScriptedBackend, pieces: list[str], deadline: float | None):
+    def __init__(
+        self, backend: ScriptedBackend, pieces: Sequence[str | Delta], deadline: float | None
+    ):
         self._backend, self.pieces = backend, pieces
         self._deadline = deadline or time.monotonic() + _LONGEST_S
         self.cancelled = 0
@@ -106,7 +108,7 @@ class ScriptedGeneration:
             if not self._wait(backend.apart_s if written else backend.delay_s):
                 yield Delta("", FinishReason.CANCELLED, Usage(10, written))
                 return
-            yield Delta(piece)
+            yield piece if isinstance(piece, Delta) else Delta(piece)
             written += 1
         if backend.failure:
             raise backend.failure

@@ -22,7 +22,15 @@ LAYERS = [
     (4, ("qwenvl_app.backends",)),
     (3, ("qwenvl_app.loading", "qwenvl_app.service")),
     (2, ("qwenvl_app.engine",)),
-    (1, ("qwenvl_app.images", "qwenvl_app.prompts", "qwenvl_app.chat_encoder")),
+    (
+        1,
+        (
+            "qwenvl_app.images",
+            "qwenvl_app.prompts",
+            "qwenvl_app.chat_encoder",
+            "qwenvl_app.template_probes",
+        ),
+    ),
     (
         0,
         (

@@ -128,7 +128,7 @@ def test_histograms_of_one_answer():
     stages = [("queue", 100.0, 100.25), ("image", 100.25, 100.75)]
     record = RequestRecord(arrived=100.0, intervals=stages, submitted=101.0)
     timings = Timings(preprocess=0.25, queue=0.5, prefill=2.0, first_token=3.0, decode=8.0)
-    record.take(Delta("", FinishReason.LENGTH, Usage(100, 5), timings))
+    record.add(Delta("", FinishReason.LENGTH, Usage(100, 5), timings))
     metrics.count(record, "/x", 200, generates=True)
     samples = parse(metrics.render().decode())
     for name, expected in {

@@ -60,7 +60,7 @@ class RequestRecord:
         """The backend gets it now."""
         self.submitted = time.monotonic()
 
-    def take(self, delta: Delta) -> str:
+    def add(self, delta: Delta) -> str:
         """Note what the last delta says; returns the delta's text."""
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason

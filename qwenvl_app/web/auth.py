@@ -10,11 +10,11 @@ from flask import Flask, request
 from pydantic import SecretStr
 
 from qwenvl_app.errors import Unauthorized
-from qwenvl_app.web import request_log
+from qwenvl_app.web import docs, request_log
 
-# For whoever watches the service, and the page, which must be there to be given a key; they tell
-# nothing about requests.
-OPEN = frozenset(("/", "/livez", "/readyz", "/health", "/metrics"))
+# For whoever watches the service, what the API is, and the page, which must be there to be given a
+# key; they tell nothing about requests.
+OPEN = docs.PATHS | {"/", "/livez", "/readyz", "/health", "/metrics"}
 _OPEN_FILES = ("/static/", "/samples/")
 _NAMED = re.compile(r"([A-Za-z0-9._-]{1,32}):(.+)", re.DOTALL)
 

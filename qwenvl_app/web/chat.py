@@ -26,7 +26,8 @@ from qwenvl_app.web.answering import Answering, Service
 from qwenvl_app.web.chat_schema import ChatMessage, ChatRequest, ImagePart, TextPart
 from qwenvl_app.web.errors import as_service_error, dumps, openai_error
 from qwenvl_app.web.image_parts import load_image
-from qwenvl_app.web.json_body import read_json
+from qwenvl_app.web.json_body import in_turn, read_json
+from qwenvl_app.web.tool_calls import CallReader
 
 Json = dict[str, Any]
 
@@ -59,8 +60,8 @@ def blueprint(service: Service) -> Blueprint:
     def chat() -> Response:
         """An answer in one piece, or as events."""
         with Answering(service) as answering:
-            with answering.record.stage("read"):
-                asked = ChatRequest.parse(read_json(request), settings.max_new_tokens)
+            with answering.record.stage("read"), in_turn(request):
+                asked = ChatRequest.parse(read_json(request))
                 _check_length(asked, settings.max_prompt_chars)
             fetched = answering.fetch(_addresses(asked))
             answering.admit()
@@ -80,11 +81,8 @@ def _name(settings: Settings) -> str:
 
 
 def _check_length(asked: ChatRequest, most: int) -> None:
-    texts = [message.reasoning_content or "" for message in asked.messages]
-    parts = [part for message in asked.messages for part in message.parts]
-    texts += [part.text for part in parts if isinstance(part, TextPart)]
-    if (length := sum(map(len, texts))) > most:
-        raise TooLarge(f"messages: {length} characters, and the limit is {most}.")
+    if (length := asked.characters) > most:
+        raise TooLarge(f"messages and tools: {length} characters, and the limit is {most}.")
 
 
 def _addresses(asked: ChatRequest) -> dict[str, str]:
@@ -110,16 +108,16 @@ def _request(
             _message(message, number, answering, settings, fetched)
             for number, message in enumerate(asked.messages)
         )
-    options, pixels = asked.chat_template_kwargs, asked.mm_processor_kwargs
     return GenerationRequest(
         messages,
         answering.request_id,
         asked.sampling(settings.repetition_limit),
         stream=bool(asked.stream),
         deadline=answering.deadline.at,
-        template_options=options.model_dump(exclude_none=True),
+        template_options=asked.template_options,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-        pixels=(pixels.min_pixels, pixels.max_pixels),
+        pixels=asked.pixels,
+        tools=asked.offered,
         constraint=asked.constraint,
     )
 
@@ -145,7 +143,8 @@ def _message(
         answering.record.pixels = pixels + image.width * image.height
         content.append(image)
     role = "system" if message.role == "developer" else message.role
-    return Message(role, tuple(content), reasoning=message.reasoning_content or "")
+    calls = tuple(call.as_call() for call in message.tool_calls or ())
+    return Message(role, tuple(content), message.reasoning_content or "", calls)
 
 
 class _Answer:
@@ -153,6 +152,7 @@ class _Answer:
 
     def __init__(self, asked: ChatRequest, answering: Answering, model: str):
         self._asked, self._answering = asked, answering
+        self._reader = CallReader(asked.offered)
         self._head: Json = {
             "id": f"chatcmpl-{answering.request_id}",
             "created": int(time.time()),
@@ -162,14 +162,15 @@ class _Answer:
     def whole(self, deltas: Iterator[Delta]) -> Json:
         """A ``chat.completion``."""
         parts = list(deltas)
-        message: Json = {"role": "assistant", "content": "".join(part.text for part in parts)}
+        read = self._reader.message("".join(part.text for part in parts))
+        message: Json = {"role": "assistant", **read}
         if reasoning := "".join(part.reasoning for part in parts):
             message["reasoning_content"] = reasoning
         choice = {
             "index": 0,
             "message": message,
             "logprobs": self._logprobs(tuple(one for part in parts for one in part.logprobs)),
-            "finish_reason": _finish(self._answering.record.finish_reason),
+            "finish_reason": self._finish(),
         }
         return self._head | {"object": "chat.completion", "choices": [choice]} | self._account()
 
@@ -178,13 +179,16 @@ class _Answer:
         try:
             yield self._chunk({"role": "assistant", "content": ""})
             for delta in deltas:
-                said = {"content": delta.text} if delta.text else {}
-                if delta.reasoning:
-                    said["reasoning_content"] = delta.reasoning
-                if said or delta.logprobs:
-                    yield self._chunk(said, self._logprobs(delta.logprobs))
-            yield self._chunk({}, finish=_finish(self._answering.record.finish_reason))
-            if self._asked.stream_options and self._asked.stream_options.include_usage:
+                said = [{"reasoning_content": delta.reasoning}] if delta.reasoning else []
+                said += self._reader.push(delta.text, last=delta.finish_reason is not None)
+                if delta.logprobs and not said:
+                    said = [{}]
+                for number, each in enumerate(said):
+                    # The tokens of a text are told with its last piece, if it has several.
+                    tokens = delta.logprobs if number == len(said) - 1 else ()
+                    yield self._chunk(each, self._logprobs(tokens))
+            yield self._chunk({}, finish=self._finish())
+            if self._asked.include_usage:
                 yield self._event({"choices": []} | self._account())
         except Exception as failure:
             error = as_service_error(failure, self._answering.request_id)
@@ -203,6 +207,12 @@ class _Answer:
     def _event(self, content: Json) -> str:
         return sse.event(dumps(self._head | {"object": "chat.completion.chunk"} | content))
 
+    def _finish(self) -> str:
+        """In OpenAI's words; an answer that repeats itself was cut."""
+        if self._answering.record.finish_reason is not FinishReason.STOP:
+            return "length"
+        return "tool_calls" if self._reader.complete else "stop"
+
     def _logprobs(self, tokens: tuple[TokenLogprob, ...]) -> Json | None:
         if not self._asked.logprobs:
             return None
@@ -213,11 +223,6 @@ class _Answer:
 
 def _token(token: TokenLogprob) -> Json:
     return {"token": token.text, "bytes": list(token.bytes), "logprob": token.logprob}
-
-
-def _finish(reason: FinishReason | None) -> str:
-    """In OpenAI's words; an answer that repeats itself was cut."""
-    return "stop" if reason is FinishReason.STOP else "length"
 
 
 def _timings(record: RequestRecord) -> Json:

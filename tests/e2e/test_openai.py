@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import openai
@@ -71,6 +73,51 @@ def test_an_answer_of_a_schema(client):
     assert isinstance(answer.choices[0].message.parsed, Shape)
 
 
+class Mark(BaseModel):
+    """Marks a shape."""
+
+    shape: Literal["circle", "triangle"]
+    at: tuple[int, int] | None
+
+
+REQUIRED = {"tools": [openai.pydantic_function_tool(Mark)], "tool_choice": "required"}
+
+
+def test_tools_and_a_turn_with_their_results(client):
+    answer = client.chat.completions.parse(
+        model="demo", messages=ASKED, parallel_tool_calls=False, **REQUIRED
+    )
+    (choice,) = answer.choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name) == ("function", "Mark")
+    assert isinstance(call.function.parsed_arguments, Mark)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "marked"}
+    said = {
+        "role": "assistant",
+        "tool_calls": [call.model_dump(exclude={"function": {"parsed_arguments"}})],
+    }
+    turns = [*ASKED, said, result]
+    answer = create(client, messages=turns, tools=REQUIRED["tools"], max_tokens=20)
+    assert answer.usage.prompt_tokens_details.cached_tokens > 0
+    assert answer.choices[0].message.tool_calls is None
+
+
+def test_tools_in_a_stream(client):
+    named = {"type": "function", "function": {"name": "Mark"}}
+    with client.chat.completions.stream(
+        model="demo", messages=ASKED, tools=REQUIRED["tools"], tool_choice=named
+    ) as stream:
+        kinds = [event.type for event in stream]
+        (choice,) = stream.get_final_completion().choices
+    assert kinds.count("tool_calls.function.arguments.done") == 1
+    assert kinds.count("tool_calls.function.arguments.delta") > 2
+    assert choice.finish_reason == "tool_calls"
+    assert isinstance(choice.message.tool_calls[0].function.parsed_arguments, Mark)
+    with pytest.raises(openai.BadRequestError, match="nope"):
+        create(client, **REQUIRED | {"tool_choice": {**named, "function": {"name": "nope"}}})
+
+
 def test_errors_are_what_the_package_raises(client):
     with pytest.raises(openai.BadRequestError) as caught:
         create(client, n=2)
@@ -82,14 +129,60 @@ def test_errors_are_what_the_package_raises(client):
         client.models.retrieve("none")
 
 
-def test_a_stream_that_is_closed_half_way_frees_its_slot(client, server: Server):
-    endless = {"ignore_eos": True, "chat_template_kwargs": {}}
-    stream = create(client, stream=True, max_tokens=1000, extra_body=endless)
-    next(iter(stream))
-    stream.close()
+def endless(client: openai.OpenAI, request_id: str, **options):
+    """1,000 tokens, which take seconds."""
+    headers = {"X-Request-ID": request_id}
+    asked = {"max_tokens": 1000, "extra_body": {"ignore_eos": True}, "extra_headers": headers}
+    return create(client, **asked, **options)
 
+
+def cut(server: Server, request_id: str) -> int:
+    """How many answers to ``request_id`` were not made to their end, since nobody waited."""
+    lines = server.log.read_text().splitlines(keepends=True)
+    left = [line for line in lines if f"[{request_id}]" in line]
+    return sum(line.endswith("reason=client_gone\n") for line in left)
+
+
+def until_idle(server: Server) -> None:
     def samples() -> str:
         return send(server.port, "GET", "/metrics").body.decode()
 
     until(lambda: "\nqwenvl_num_requests_running 0.0\n" in samples(), said=samples)
+
+
+def test_a_stream_that_is_closed_half_way_frees_its_slot(client, server: Server):
+    stream = endless(client, "closed", stream=True)
+    next(iter(stream))
+    stream.close()
+    until_idle(server)
+    until(lambda: cut(server, "closed") == 1, said=server.log.read_text)
     assert create(client).choices[0].message.content == "circle"
+
+
+def test_clients_that_wait_no_longer_and_try_again_leave_nothing_behind(client, server: Server):
+    """Twice as many as there are slots, three times each: what they left behind would be 24."""
+    hasty = client.with_options(timeout=0.5, max_retries=2)
+
+    def ask(number: int) -> None:
+        with pytest.raises(openai.APITimeoutError):
+            endless(hasty, f"hasty-{number}")
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == [None] * 8
+    until_idle(server)
+    assert create(client).choices[0].message.content == "circle"
+
+    def reasons() -> set[str]:
+        log = server.log.read_text()
+        return set(re.findall(r"\[hasty-\d\].* status=(\d+ .* reason=\w+)\n", log))
+
+    until(reasons, said=server.log.read_text)
+    assert all(re.fullmatch("499 .* reason=client_gone", reason) for reason in reasons())
+
+
+def test_a_message_of_an_answer_may_be_handed_back_whole(client):
+    first = create(client).choices[0].message
+    more = {"role": "user", "content": "sure?"}
+    for said in (first, first.model_dump()):
+        answer = create(client, messages=[*ASKED, said, more], max_completion_tokens=9999)
+        assert answer.choices[0].finish_reason == "stop"
