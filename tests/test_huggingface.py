@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants, snapshot_download
@@ -160,6 +161,19 @@ def test_a_process_that_is_killed(hub: Hub, published: Path, tmp_path: Path):
     assert path.read_bytes() == (published / SHARDS[1]).read_bytes()
 
 
+def test_two_at_a_time(hub: Hub, published: Path, tmp_path: Path):
+    """A reload, or the command beside the service: both wrote into one half of a file."""
+    hub.rate = 4e6
+    told: list[str] = []
+    first = threading.Thread(target=find, args=(MODEL,))
+    first.start()
+    until(lambda: hub.sent.get(SHARDS[0]))
+    assert find(MODEL, say=told.append).directory == cache(tmp_path, published)
+    first.join()
+    assert f"another process downloads {NAME}" in told
+    assert [len(hub.asked(shard)) for shard in SHARDS] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("file", [SHARDS[2], "tokenizer_config.json"])
 def test_a_file_that_is_not_what_was_announced(
     hub: Hub, published: Path, tmp_path: Path, file: str
@@ -269,12 +283,24 @@ def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path, name: str, message
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_mirror_that_is_none(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ({}, "KeyError"),
+        ([], "TypeError"),
+        ({"id": NAME, "sha": "../..", "siblings": []}, "ValueError"),
+        ({"id": NAME, "sha": "0" * 40, "siblings": [{"rfilename": "config.json"}]}, "ValueError"),
+    ],
+)
+def test_a_mirror_that_is_none(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Any, error: str
+):
     """Whatever answers with 200, such as a login page of the network."""
     monkeypatch.setattr(
-        "tests.hub._Handler._hugging_listing", lambda self, *_, **__: self._json({})
+        "tests.hub._Handler._hugging_listing", lambda self, *_, **__: self._json(answer)
     )
-    assert fail().startswith("Hugging Face answers with an error (KeyError)")
+    assert fail().startswith(f"Hugging Face answers with an error ({error})")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_disk_that_is_too_small(hub: Hub):

@@ -8,14 +8,18 @@ next start need not ask. ``modelscope.py`` and ``huggingface.py`` have what is n
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
+import os
 import re
 import shutil
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -149,6 +153,11 @@ class Hub(ABC):
         """Get them all, a few at a time. The first that fails ends it, and so does ``say``."""
         directory = listing.directory
         directory.mkdir(parents=True, exist_ok=True)
+        with _alone(directory, lambda: say(f"another process downloads {name}")):
+            self._transfer_alone(name, listing, files, say)
+
+    def _transfer_alone(self, name: str, listing: Listing, files: list[File], say: Say) -> None:
+        directory = listing.directory
         progress = Progress(directory, files)
         self._refuse_full_disk(directory, progress.missing)
         sizes = {file.name: file.size for file in files}
@@ -207,6 +216,26 @@ def _chosen(name: str, revision: str, listing: Listing) -> list[File]:
         size_text(sum(file.size for file in files)),
     )
     return files
+
+
+@contextmanager
+def _alone(directory: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """Only one process within the block for each ``directory``; the others ``wait``, often."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                wait()
+                time.sleep(_SAY_EVERY_S)
+            except OSError:  # a file system without locks
+                break
+            else:
+                break
+        yield
+    finally:
+        os.close(handle)
 
 
 def _write_record(directory: Path, record: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ class HuggingFace(Hub):
     default_revision = constants.DEFAULT_REVISION
     login = "and may have agreed to its terms: let HF_TOKEN hold such a user's token, or"
     private = ", or let HF_TOKEN hold the token of one who may see it"
-    raises = (httpx2.HTTPError, OSError, _Damaged, ValueError, LookupError)
+    raises = (httpx2.HTTPError, OSError, _Damaged, ValueError, LookupError, TypeError)
 
     def __init__(self) -> None:
         process.quiet_huggingface()
@@ -78,12 +78,12 @@ class HuggingFace(Hub):
         info = HfApi().model_info(name, revision=revision, timeout=wait, files_metadata=True)
         if not info.sha or not info.sha.isalnum() or info.siblings is None:
             raise ValueError("a listing without a commit or files")
-        files = [
-            File(
-                each.rfilename, each.size or 0, each.lfs.sha256 if each.lfs else None, each.blob_id
-            )
-            for each in info.siblings
-        ]
+        files = []
+        for each in info.siblings:
+            if each.size is None or each.blob_id is None:
+                raise ValueError("a listing without sizes or hashes")
+            sha256 = each.lfs.sha256 if each.lfs else None
+            files.append(File(each.rfilename, each.size, sha256, each.blob_id))
         model = self._model(name)
         if revision != info.sha:
             (model / "refs").mkdir(parents=True, exist_ok=True)
