@@ -1,0 +1,109 @@
+"""The commands that ask a service: what they take; what they do is in modules of their own.
+
+Those are imported when a command runs: the service itself imports this package, through wsgi.py.
+Exit statuses: 0 all is well, 1 something failed, 2 it was asked wrongly, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from qwenvl_app.cli.client import Client
+
+_TIMEOUT_S = 130.0  # a little more than the service's own limit
+
+
+@contextmanager
+def failures_told() -> Iterator[None]:
+    """One line for whatever ends a command, and its exit status."""
+    from qwenvl_app.cli.answers import Failed
+
+    try:
+        yield
+    except Failed as error:
+        click.echo(f"qwenvl: {error}", err=True)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        click.echo("qwenvl: stopped", err=True)
+        sys.exit(130)
+
+
+@contextmanager
+def service(
+    url: str | None, key: str | None, model: str | None, timeout: float
+) -> Iterator[Client]:
+    """The server at ``url``; without one, the model in this process."""
+    if url:
+        from qwenvl_app.cli.client import Client
+
+        yield Client(url, key, timeout)
+    else:
+        from qwenvl_app.cli import local
+
+        with local.service(model, timeout) as client:
+            yield client
+
+
+def where(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say who is asked."""
+    options = (
+        click.option("--url", help="The server, as http://host:8000. Without it: in process."),
+        click.option(
+            "--key",
+            envvar="QWENVL_API_KEY",
+            show_envvar=True,
+            help="An API key of the server.",
+        ),
+        click.option("--model", help="In process: which model; as QWENVL_MODEL."),
+        click.option(
+            "--timeout",
+            type=click.FloatRange(min=0, min_open=True),
+            default=_TIMEOUT_S,
+            show_default=True,
+            help="Seconds without a byte after which a request is given up.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command("ask")
+@click.argument("pictures", metavar="PICTURE...", nargs=-1, required=True)
+@click.argument("question")
+@where
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the text.")
+def ask(
+    pictures: tuple[str, ...],
+    question: str,
+    url: str | None,
+    key: str | None,
+    model: str | None,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Ask a QUESTION about a PICTURE, or about several; - is standard input.
+
+    The answer is printed as it is written. Ctrl-C ends it, and frees its place on the server.
+
+    \b
+    Example: qwenvl ask photo.jpg '这张图里有什么？'
+             qwenvl ask photo.jpg 'what is it?' --url http://host:8000 --json
+
+    Exit status: 0 answered, 1 refused or failed, 2 usage, 130 stopped by Ctrl-C.
+    """  # noqa: D301
+    with failures_told():
+        from qwenvl_app.cli import ask as questions
+
+        loaded = questions.load(pictures)
+        with service(url, key, model, timeout) as client:
+            questions.ask(client, loaded, question, as_json=as_json)
+
+
+ALL = (ask,)
