@@ -139,8 +139,9 @@ class Client:
 
 
 def _form(picture: Picture, prompt: str) -> dict[str, Any]:
+    text = prompt.encode(errors="replace")  # an argument of the command line may be no Unicode
     # Not under the file's own name: nobody needs it there, and not every name can be sent.
-    return {"files": {"image": ("picture", picture.data, picture.kind)}, "data": {"prompt": prompt}}
+    return {"files": {"image": ("picture", picture.data, picture.kind)}, "data": {"prompt": text}}
 
 
 def _part(picture: Picture) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -106,4 +107,66 @@ def ask(
             questions.ask(client, loaded, question, as_json=as_json)
 
 
-ALL = (ask,)
+@click.command("batch")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    "target",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="JSON lines; what it has already is not asked again.",
+)
+@click.option("--prompt", help="The question about pictures that have none of their own.")
+@where
+@click.option(
+    "--concurrency",
+    type=click.IntRange(0, 256),
+    default=0,
+    help="Requests at once; 0, the default, is what the server decodes together.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=0),
+    default=600,
+    show_default=True,
+    help="Seconds for which a server that is busy, loading or away is waited for.",
+)
+@click.option("--retry-failed", is_flag=True, help="Ask again what failed before.")
+def batch(
+    source: Path,
+    target: Path,
+    prompt: str | None,
+    url: str | None,
+    key: str | None,
+    model: str | None,
+    timeout: float,
+    concurrency: int,
+    patience: float,
+    retry_failed: bool,
+) -> None:
+    """Ask about many pictures: a folder, or a file of pictures and questions.
+
+    SOURCE is a folder (with --prompt), a CSV with the columns image and prompt and perhaps id, or
+    JSON lines with those keys. Ended in any way, the same command goes on where it stopped.
+
+    \b
+    Example: qwenvl batch photos/ --prompt 'what is it?' -o answers.jsonl
+             qwenvl batch questions.csv -o answers.jsonl --url http://host:8000
+
+    Exit status: 0 all answered, 1 some failed or are left, 2 usage, 130 stopped by Ctrl-C.
+    """  # noqa: D301
+    with failures_told():
+        from qwenvl_app.cli import batch as batches
+
+        work = batches.Work(source, target, prompt, retry_failed=retry_failed)
+        try:
+            if work.left:
+                with service(url, key, model, timeout) as client:
+                    work.run(client, concurrency, patience)
+        finally:
+            status = work.end()
+        sys.exit(status)
+
+
+ALL = (ask, batch)
