@@ -17,7 +17,6 @@ from qwenvl_app.cli.answers import Answer, Broken, Failed
 
 ROUTE = "/v1/image/recognize"
 CHAT = "/v1/chat/completions"
-KEY_VARIABLE = "QWENVL_API_KEY"  # a client's; a server that finds it asks for api_keys instead
 _CONNECT_S = 10.0
 
 Pieces = Generator[str | Answer, None, None]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from qwenvl_app.cli.client import Client
 
 _TIMEOUT_S = 130.0  # a little more than the service's own limit
+_SECONDS = click.FloatRange(min=0, min_open=True)
+KEY_VARIABLE = "QWENVL_API_KEY"  # a client's; a server that finds it asks for api_keys instead
 
 
 @contextmanager
@@ -57,14 +59,14 @@ def where(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--url", help="The server, as http://host:8000. Without it: in process."),
         click.option(
             "--key",
-            envvar="QWENVL_API_KEY",
+            envvar=KEY_VARIABLE,
             show_envvar=True,
             help="An API key of the server.",
         ),
         click.option("--model", help="In process: which model; as QWENVL_MODEL."),
         click.option(
             "--timeout",
-            type=click.FloatRange(min=0, min_open=True),
+            type=_SECONDS,
             default=_TIMEOUT_S,
             show_default=True,
             help="Seconds without a byte after which a request is given up.",
@@ -169,4 +171,58 @@ def batch(
         sys.exit(status)
 
 
-ALL = (ask, batch)
+@click.command("bench")
+@click.argument("url")
+@click.option("--key", envvar=KEY_VARIABLE, show_envvar=True, help="An API key of the server.")
+@click.option(
+    "--route",
+    type=click.Choice(["recognize", "chat"]),
+    default="recognize",
+    show_default=True,
+    help="The documented route, or OpenAI's, which other servers have too.",
+)
+@click.option("--model", default="", help="Of the chat route; the first that is listed there.")
+@click.option(
+    "--clients",
+    type=click.IntRange(1, 256),
+    multiple=True,
+    help="How many ask at once; may be given again. 1 and what the server decodes together.",
+)
+@click.option("-n", "--requests", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--prompt", default="what is it?", show_default=True)
+@click.option("--side", type=click.IntRange(8, 4096), default=256, show_default=True)
+@click.option("--timeout", type=_SECONDS, default=_TIMEOUT_S, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
+def bench(
+    url: str,
+    key: str | None,
+    route: str,
+    model: str,
+    clients: tuple[int, ...],
+    requests: int,
+    prompt: str,
+    side: int,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Measure the server at URL, or any that has OpenAI's route, with pictures of noise.
+
+    No two of them are the same, so that no cache helps. TTFT is the time to the first piece of an
+    answer. A request that fails is counted and not asked again.
+
+    \b
+    Example: qwenvl bench http://127.0.0.1:8000
+             qwenvl bench http://host:8999/v1 --route chat --clients 1 --clients 8 -n 50 --json
+
+    Exit status: 0 all answered, 1 some failed, 2 usage, 130 stopped by Ctrl-C.
+    """  # noqa: D301
+    with failures_told():
+        from qwenvl_app.cli import bench as benches
+        from qwenvl_app.cli.client import Client
+
+        load = benches.Load(route, list(clients), requests, prompt, side, model)
+        whole = benches.bench(Client(url, key, timeout), load, as_json=as_json)
+        sys.exit(0 if whole else 1)
+
+
+ALL = (ask, batch, bench)

@@ -15,7 +15,8 @@ from werkzeug.serving import make_server
 
 from qwenvl_app import create_app
 from qwenvl_app.cli.answers import Failed
-from qwenvl_app.cli.client import KEY_VARIABLE, Client
+from qwenvl_app.cli.client import Client
+from qwenvl_app.cli.commands import KEY_VARIABLE
 from qwenvl_app.generation import Phase, Status
 from qwenvl_app.settings import SettingsError, load_settings
 
