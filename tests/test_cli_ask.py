@@ -69,6 +69,26 @@ def test_several_pictures_one_of_them_from_standard_input(scripted: Server, file
     assert (told["finish_reason"], told["usage"]["prompt_tokens"]) == ("stop", 10)
 
 
+def test_fields_go_along_on_either_route(scripted: Server, files: Path):
+    asked = ("?", "--url", scripted.url, "--key", KEY, "-f", "stop=6")
+    one = invoke("ask", "1.png", *asked, "-f", "max_new_tokens=3", cwd=files)
+    assert (one.returncode, one.stdout) == (0, expected(1, prompt="?")[:3] + "\n")
+    asked = (*asked[:-1], 'stop="6"')  # JSON there, where a number is no text
+    two = invoke("ask", "1.png", "2.png", *asked, "-f", "max_tokens=4", cwd=files)
+    assert (two.returncode, two.stdout) == (0, expected(1, 2, prompt="?")[:4] + "\n")
+    for wrong in ("max_new_tokens", "=1", "prompt=other"):
+        done = invoke("ask", "1.png", *asked, "-f", wrong, cwd=files)
+        assert done.returncode == 2
+        assert "write NAME=VALUE, such as max_new_tokens=200" in done.stderr
+
+
+def test_a_terminal_that_lacks_characters(scripted: Server, files: Path):
+    asked = ("ask", "1.png", "\U0001f600", "--url", scripted.url, "--key", KEY)
+    done = qwenvl(*asked, cwd=files, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "? (1,)??\n"
+
+
 def test_an_answer_that_was_cut_says_so(scripted: Server, files: Path):
     done = invoke("ask", "1.png", "cut", "--url", scripted.url, "--key", KEY, cwd=files)
     assert done.returncode == 0
@@ -89,6 +109,7 @@ def test_an_answer_that_was_cut_says_so(scripted: Server, files: Path):
         (("1.png", "", "--key", KEY), 1, "422: prompt: "),
         (("1.png", "fail", "--key", KEY), 1, "500: 服务器内部错误: 没有做到。"),
         (("1.png", "?", "--key", "密"), 2, "the key has characters that no header may have"),
+        (("1.png", "?", "--key", KEY, "-f", "top_p=7"), 1, "422: top_p: "),
         (("1.png", "?", "--url", "ftp://x"), 2, "ftp://x is no URL such as"),
         (("1.png", "?", "--url", "http://[x"), 2, "http://[x is no URL such as"),
         (("1.png", "?", "--url", "http://127.0.0.1:1"), 1, "no answer from http://127.0.0.1:1: c"),
@@ -128,7 +149,7 @@ def running(server: Server) -> int:
 def test_in_process():
     """The demo model; a key for servers is no setting of this one."""
     asked = ("ask", "demo/samples/red-circle.png", "这张图里有什么？")
-    done = qwenvl(*asked, QWENVL_API_KEY="x")
+    done = invoke(*asked, QWENVL_API_KEY="x")
     assert (done.returncode, done.stdout) == (0, "图中有一个红色的圆形。\n")
     assert all(line.startswith("qwenvl: ") for line in done.stderr.splitlines())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -18,6 +19,8 @@ from qwenvl_app.cli.client import Client, Picture, Pieces
 def ask(client: Client, pictures: list[Picture], prompt: str, *, as_json: bool) -> None:
     """Ask and print. Raises Failed."""
     began = time.monotonic()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every terminal has all characters
+        sys.stdout.reconfigure(errors="replace")
     # Several pictures fit no form; one is asked about as every documented client does it.
     if len(pictures) == 1:
         pieces = client.stream(pictures[0], prompt)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 import mimetypes
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -49,12 +50,19 @@ class _Bearer(AuthBase):
 class Client:
     """Asks one server. Any number of threads; each has a connection of its own.
 
-    ``timeout``: seconds without a byte. ``environment``: whether its proxies count. Raises Failed
-    for what is no URL, and in any method where trying again would not help.
+    ``timeout``: seconds without a byte. ``fields``: more of them, for every question.
+    ``environment``: whether its proxies count. Raises Failed for what is no URL, and in any method
+    where trying again would not help.
     """
 
     def __init__(
-        self, url: str, key: str | None, timeout: float, *, environment: bool = True
+        self,
+        url: str,
+        key: str | None,
+        timeout: float,
+        fields: Mapping[str, str] | None = None,
+        *,
+        environment: bool = True,
     ) -> None:
         try:
             parts = urlsplit(url)
@@ -68,11 +76,12 @@ class Client:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._auth = _Bearer(key) if key else None
         self._timeout, self._environment = timeout, environment
+        self._fields = dict(fields or {})
         self._local = threading.local()
 
     def ask(self, picture: Picture, prompt: str) -> Answer:
         """The answer in one piece. Raises Refused and Broken."""
-        with self._send("POST", ROUTE, **_form(picture, prompt)) as response:
+        with self._send("POST", ROUTE, **self._form(picture, prompt)) as response:
             return answers.recognized(response)
 
     def stream(self, picture: Picture, prompt: str) -> Pieces:
@@ -81,10 +90,10 @@ class Client:
         Closing the iterator closes the connection, which frees the place on the server.
         """
         accept = {"Accept": "text/event-stream"}
-        with self._send("POST", ROUTE, headers=accept, **_form(picture, prompt)) as response:
+        with self._send("POST", ROUTE, headers=accept, **self._form(picture, prompt)) as response:
             yield from answers.pieces(response)
 
-    def chat(self, pictures: list[Picture], prompt: str, model: str = "", **more: Any) -> Pieces:
+    def chat(self, pictures: list[Picture], prompt: str, model: str = "") -> Pieces:
         """As ``stream``, through OpenAI's route: any number of pictures, any server that has it."""
         content = [*map(_part, pictures), {"type": "text", "text": prompt}]
         asked = {
@@ -93,6 +102,7 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        more = {name: _value(text) for name, text in self._fields.items()}
         with self._send("POST", CHAT, json=asked | more) as response:
             yield from answers.chunks(response)
 
@@ -117,6 +127,12 @@ class Client:
                     return int(float(value))
         return 0
 
+    def _form(self, picture: Picture, prompt: str) -> dict[str, Any]:
+        text = prompt.encode(errors="replace")  # an argument of the command line may be no Unicode
+        # Not under the file's own name: nobody needs it there, and not every name can be sent.
+        file = ("picture", picture.data, picture.kind)
+        return {"files": {"image": file}, "data": {"prompt": text} | self._fields}
+
     def _send(self, method: str, path: str, **more: Any) -> requests.Response:
         """An answer whose body is still to be read."""
         session: requests.Session | None = getattr(self._local, "session", None)
@@ -137,10 +153,12 @@ class Client:
         return response
 
 
-def _form(picture: Picture, prompt: str) -> dict[str, Any]:
-    text = prompt.encode(errors="replace")  # an argument of the command line may be no Unicode
-    # Not under the file's own name: nobody needs it there, and not every name can be sent.
-    return {"files": {"image": ("picture", picture.data, picture.kind)}, "data": {"prompt": text}}
+def _value(text: str) -> Any:
+    """A number or the like if it is one in JSON, else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _part(picture: Picture) -> dict[str, Any]:

@@ -1,95 +1,29 @@
-"""The commands that ask a service: what they take; what they do is in modules of their own.
+"""The commands that ask a service: what they take. What they do is in modules of their own.
 
 Those are imported when a command runs: the service itself imports this package, through wsgi.py.
-Exit statuses: 0 all is well, 1 something failed, 2 it was asked wrongly, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from qwenvl_app.cli.client import Client
-
-_TIMEOUT_S = 130.0  # a little more than the service's own limit
-_SECONDS = click.FloatRange(min=0, min_open=True)
-KEY_VARIABLE = "QWENVL_API_KEY"  # a client's; a server that finds it asks for api_keys instead
-
-
-@contextmanager
-def failures_told() -> Iterator[None]:
-    """One line for whatever ends a command, and its exit status."""
-    from qwenvl_app.cli.answers import Failed
-
-    try:
-        yield
-    except Failed as error:
-        click.echo(f"qwenvl: {error}", err=True)
-        sys.exit(error.code)
-    except KeyboardInterrupt:
-        click.echo("qwenvl: stopped", err=True)
-        sys.exit(130)
-
-
-@contextmanager
-def service(
-    url: str | None, key: str | None, model: str | None, timeout: float
-) -> Iterator[Client]:
-    """The server at ``url``; without one, the model in this process."""
-    if url:
-        from qwenvl_app.cli.client import Client
-
-        yield Client(url, key, timeout)
-    else:
-        from qwenvl_app.cli import local
-
-        with local.service(model, timeout) as client:
-            yield client
-
-
-def where(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say who is asked."""
-    options = (
-        click.option("--url", help="The server, as http://host:8000. Without it: in process."),
-        click.option(
-            "--key",
-            envvar=KEY_VARIABLE,
-            show_envvar=True,
-            help="An API key of the server.",
-        ),
-        click.option("--model", help="In process: which model; as QWENVL_MODEL."),
-        click.option(
-            "--timeout",
-            type=_SECONDS,
-            default=_TIMEOUT_S,
-            show_default=True,
-            help="Seconds without a byte after which a request is given up.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+from qwenvl_app.cli import options
 
 
 @click.command("ask")
 @click.argument("pictures", metavar="PICTURE...", nargs=-1, required=True)
 @click.argument("question")
-@where
+@options.whom
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the text.")
 def ask(
     pictures: tuple[str, ...],
     question: str,
-    url: str | None,
-    key: str | None,
-    model: str | None,
-    timeout: float,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Ask a QUESTION about a PICTURE, or about several; - is standard input.
 
@@ -101,11 +35,11 @@ def ask(
 
     Exit status: 0 answered, 1 refused or failed, 2 usage, 130 stopped by Ctrl-C.
     """  # noqa: D301
-    with failures_told():
+    with options.failures_told():
         from qwenvl_app.cli import ask as questions
 
         loaded = questions.load(pictures)
-        with service(url, key, model, timeout) as client:
+        with options.service(**asked) as client:
             questions.ask(client, loaded, question, as_json=as_json)
 
 
@@ -120,7 +54,7 @@ def ask(
     help="JSON lines; what it has already is not asked again.",
 )
 @click.option("--prompt", help="The question about pictures that have none of their own.")
-@where
+@options.whom
 @click.option(
     "--concurrency",
     type=click.IntRange(0, 256),
@@ -139,13 +73,10 @@ def batch(
     source: Path,
     target: Path,
     prompt: str | None,
-    url: str | None,
-    key: str | None,
-    model: str | None,
-    timeout: float,
     concurrency: int,
     patience: float,
     retry_failed: bool,
+    **asked: Any,
 ) -> None:
     """Ask about many pictures: a folder, or a file of pictures and questions.
 
@@ -158,13 +89,13 @@ def batch(
 
     Exit status: 0 all answered, 1 some failed or are left, 2 usage, 130 stopped by Ctrl-C.
     """  # noqa: D301
-    with failures_told():
+    with options.failures_told():
         from qwenvl_app.cli import batch as batches
 
         work = batches.Work(source, target, prompt, retry_failed=retry_failed)
         try:
             if work.left:
-                with service(url, key, model, timeout) as client:
+                with options.service(**asked) as client:
                     work.run(client, concurrency, patience)
         finally:
             status = work.end()
@@ -173,7 +104,9 @@ def batch(
 
 @click.command("bench")
 @click.argument("url")
-@click.option("--key", envvar=KEY_VARIABLE, show_envvar=True, help="An API key of the server.")
+@click.option(
+    "--key", envvar=options.KEY_VARIABLE, show_envvar=True, help="An API key of the server."
+)
 @click.option(
     "--route",
     type=click.Choice(["recognize", "chat"]),
@@ -191,7 +124,8 @@ def batch(
 @click.option("-n", "--requests", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--prompt", default="what is it?", show_default=True)
 @click.option("--side", type=click.IntRange(8, 4096), default=256, show_default=True)
-@click.option("--timeout", type=_SECONDS, default=_TIMEOUT_S, show_default=True)
+@options.timeout
+@options.field
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
 def bench(
     url: str,
@@ -203,6 +137,7 @@ def bench(
     prompt: str,
     side: int,
     timeout: float,
+    fields: dict[str, str],
     as_json: bool,
 ) -> None:
     """Measure the server at URL, or any that has OpenAI's route, with pictures of noise.
@@ -216,12 +151,12 @@ def bench(
 
     Exit status: 0 all answered, 1 some failed, 2 usage, 130 stopped by Ctrl-C.
     """  # noqa: D301
-    with failures_told():
+    with options.failures_told():
         from qwenvl_app.cli import bench as benches
         from qwenvl_app.cli.client import Client
 
         load = benches.Load(route, list(clients), requests, prompt, side, model)
-        whole = benches.bench(Client(url, key, timeout), load, as_json=as_json)
+        whole = benches.bench(Client(url, key, timeout, fields), load, as_json=as_json)
         sys.exit(0 if whole else 1)
 
 

@@ -16,7 +16,7 @@ from werkzeug.serving import make_server
 from qwenvl_app import create_app
 from qwenvl_app.cli.answers import Failed
 from qwenvl_app.cli.client import Client
-from qwenvl_app.cli.commands import KEY_VARIABLE
+from qwenvl_app.cli.options import KEY_VARIABLE
 from qwenvl_app.generation import Phase, Status
 from qwenvl_app.settings import SettingsError, load_settings
 
@@ -24,7 +24,7 @@ _LINES_APART_S = 2.0
 
 
 @contextmanager
-def service(model: str | None, timeout: float) -> Iterator[Client]:
+def service(model: str | None, timeout: float, fields: dict[str, str]) -> Iterator[Client]:
     """Load the model and serve it on a free port of 127.0.0.1, to whoever has a random key.
 
     Flask's development server is enough for one client that means well; it ends with the process,
@@ -45,7 +45,7 @@ def service(model: str | None, timeout: float) -> Iterator[Client]:
     try:
         _wait(app.extensions["qwenvl"]["status"])
         url = f"http://127.0.0.1:{server.server_port}"
-        yield Client(url, key, timeout, environment=False)
+        yield Client(url, key, timeout, fields, environment=False)
     finally:
         app.extensions["qwenvl"]["close"]()
         server.shutdown()

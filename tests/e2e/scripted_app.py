@@ -61,8 +61,8 @@ class ScriptedBackend(FakeBackend):
         parts = request.messages[-1].content
         numbers = [_number(part) for part in parts if isinstance(part, Image.Image)]
         prompt = prompt_of(request)
-        self.pieces = list(expected(*numbers, prompt=prompt))
-        made = ScriptedGeneration(list(self.pieces), self.go, self.failure, request.deadline)
+        pieces = list(expected(*numbers, prompt=prompt))[: request.sampling.max_new_tokens]
+        made = ScriptedGeneration(pieces, self.go, self.failure, request.deadline)
         made.prompt = prompt
         return made
 
