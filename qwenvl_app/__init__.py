@@ -8,13 +8,16 @@ from qwenvl_app.backends import Backend, build
 from qwenvl_app.generation import Status
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.metrics import Metrics
+from qwenvl_app.service.quota import Quota
 from qwenvl_app.settings import Settings, current
 from qwenvl_app.web import (
     auth,
     chat,
     cors,
+    docs,
     errors,
     ops,
+    page,
     proxies,
     recognize,
     request_id,
@@ -22,6 +25,7 @@ from qwenvl_app.web import (
 )
 from qwenvl_app.web.answering import Service
 from qwenvl_app.web.disconnects import Disconnects
+from qwenvl_app.web.image_urls import Fetcher
 from qwenvl_app.web.responses import ContractJSON
 
 
@@ -46,7 +50,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         disconnects.close()
         backend.close()
 
-    has_key = auth.judge(settings.api_keys)
+    keys = auth.Keys(settings.api_keys)
     metrics = Metrics(admission, status, backend.stats)
     app = _flask(settings)
     app.extensions["qwenvl"] = {
@@ -57,14 +61,24 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         "drain": admission.drain,
         "close": close,
         "refused": metrics.refuse,
-        "has_key": has_key,
+        "has_key": keys.admit,
     }
-    _for_every_route(app, settings, metrics, has_key)
-    service = Service(settings, backend, admission, disconnects, status)
-    for routes in (recognize.blueprint(service), chat.blueprint(service), chat.models(settings)):
-        app.register_blueprint(routes)
-    app.register_blueprint(ops.blueprint(status, metrics))
+    _for_every_route(app, settings, metrics, keys)
+    quota, fetcher = Quota(settings.max_requests_per_key), Fetcher(settings)
+    service = Service(settings, backend, admission, quota, disconnects, status, fetcher)
+    _register_routes(app, service, metrics)
     return app
+
+
+def _register_routes(app: Flask, service: Service, metrics: Metrics) -> None:
+    settings = service.settings
+    app.register_blueprint(recognize.blueprint(service))
+    app.register_blueprint(chat.blueprint(service))
+    app.register_blueprint(chat.models(settings))
+    app.register_blueprint(ops.blueprint(service.status, metrics))
+    app.register_blueprint(docs.blueprint())
+    if settings.page == "on":
+        app.register_blueprint(page.blueprint())
 
 
 def _flask(settings: Settings) -> Flask:
@@ -80,10 +94,10 @@ def _flask(settings: Settings) -> Flask:
     return app
 
 
-def _for_every_route(app: Flask, settings: Settings, metrics: Metrics, has_key: auth.Judge) -> None:
+def _for_every_route(app: Flask, settings: Settings, metrics: Metrics, keys: auth.Keys) -> None:
     """Records, ids, errors, CORS and keys, in the order in which they see a request."""
     request_log.register(app, metrics)
     request_id.register(app)
     errors.register(app)
     cors.register(app, settings.cors_origins)  # before the keys: a preflight can't carry one
-    auth.register(app, has_key)
+    auth.register(app, keys)

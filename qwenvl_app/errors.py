@@ -72,6 +72,16 @@ class Unauthorized(ServiceError):
         super().__init__("缺少有效的 API 密钥。")
 
 
+class KeyLimit(ServiceError):
+    """The owner of this API key has as many requests in the service as one may have."""
+
+    status = 429
+    reason = "key_limit"
+
+    def __init__(self) -> None:
+        super().__init__("此 API 密钥同时进行的请求已达上限，请稍后重试。", retry_after=5)
+
+
 class TooLarge(ServiceError):
     """The body or the picture is over a limit."""
 

@@ -73,6 +73,10 @@ class SamplingParams:
     repetition_limit: int = 0
 
 
+# Around a call in an answer's text: Hermes' marks, which Qwen's templates ask for.
+CALL_MARKS = ("<tool_call>", "</tool_call>")
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """A function that the model asks for. ``arguments`` is a JSON text, as the model wrote it."""
@@ -105,12 +109,13 @@ class Constraint:
     """What the answer's text, after any reasoning, has to be.
 
     ``json``: a JSON value that ``schema`` admits ({} admits all, {"type": "object"} any object).
-    ``tools``: one or more calls of ``tools`` in the template's own form, and nothing else.
+    ``tools``: one or more calls of ``tools`` in Hermes' form, and nothing else; one if ``single``.
     """
 
     kind: Literal["json", "tools"]
     schema: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] = ()
+    single: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 from qwenvl_app.chat_encoder import ChatEncoder
 from qwenvl_app.errors import BadRequest
 from qwenvl_app.generation import Message, ToolCall
+from qwenvl_app.template_probes import PICTURE, TEXT, keeps_order, takes_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_PAD = "<|image_pad|>"
-_PROBE = "\x00text\x00"  # a text that no template has of its own
-_PICTURE = {"type": "image"}
 
 # A template's work grows with both: jinja's sandbox bounds ``range`` and nothing else.
 _MAX_MESSAGES = 2048
@@ -45,6 +44,10 @@ _MISPLACED = (
 _TOO_MANY = (
     f"消息过多：最多 {_MAX_MESSAGES} 条。",
     f"There are more than {_MAX_MESSAGES} messages.",
+)
+_NO_TOOLS = (
+    "模型的对话模板不支持工具（tools）。",
+    "The model's chat template does not support tools: send no tools, tool_calls or results.",
 )
 _BAD_OPTIONS = (
     "模板选项的名称不可用，或内容过长。",
@@ -89,19 +92,20 @@ class PromptBuilder:
         self._tokenizer, self._template, self._merged = tokenizer, template, merge_size**2
         self._encoder = ChatEncoder(tokenizer)
         # Names that mean something on the way to the template, or are its end-of-turn token.
-        taken = signature(tokenizer.apply_chat_template).parameters
-        self._taken = {"self", "conversations", "messages", *taken, *tokenizer.special_tokens_map}
+        own = signature(tokenizer.apply_chat_template).parameters
+        self._reserved = {"self", "conversations", "messages", *own, *tokenizer.special_tokens_map}
         vocabulary = tokenizer.get_vocab()
         self._image = vocabulary[IMAGE_PAD]
-        content = [_PICTURE, {"type": "text", "text": _PROBE}]
+        content = [PICTURE, {"type": "text", "text": TEXT}]
         rendered = self._render([{"role": "user", "content": content}])
-        pieces = [self._encoder.encode(piece) for piece in rendered.split(_PROBE)]
+        pieces = [self._encoder.encode(piece) for piece in rendered.split(TEXT)]
         if [piece.count(self._image) for piece in pieces] != [1, 0]:
             raise ValueError("the chat template does not place one image and the user's text")
         begin, end = (vocabulary.get(mark) for mark in ("<think>", "</think>"))
         self._marks = None if begin is None or end is None else (begin, end)
         self.reasoning = self._reasoning(chain(*pieces))
-        self._in_order = self._keeps_order()
+        self._in_order = keeps_order(self._render, self._pictures)
+        self._takes_tools = takes_tools(self._render)
 
     def build(
         self,
@@ -142,7 +146,9 @@ class PromptBuilder:
         """All of it guarded and rendered. Raises BadRequest, with none of the template's words."""
         if len(messages) > _MAX_MESSAGES:
             raise BadRequest(*_TOO_MANY)
-        if not self._taken.isdisjoint(options):
+        if not self._takes_tools and (tools or any(map(_is_about_tools, messages))):
+            raise BadRequest(*_NO_TOOLS)
+        if not self._reserved.isdisjoint(options):
             raise BadRequest(*_BAD_OPTIONS)
         try:
             if options and len(json.dumps(dict(options))) > _MAX_OPTIONS:
@@ -158,22 +164,8 @@ class PromptBuilder:
             log.info("the chat template refused a conversation: %s", type(error).__name__)
             raise BadRequest(*_REFUSED) from None
 
-    def _keeps_order(self) -> bool:
-        """Whether the pictures of several turns are placed in their turns."""
-        first, second = ([_PICTURE, {"type": "text", "text": f"{_PROBE}{n}"}] for n in "13")
-        try:
-            rendered = self._render(
-                [
-                    {"role": "user", "content": first},
-                    {"role": "assistant", "content": f"{_PROBE}2"},
-                    {"role": "user", "content": second},
-                ]
-            )
-        except Exception:  # any, as above: of a template that takes one turn alone
-            return False
-        pieces = rendered.split(_PROBE)
-        pads = [self._encoder.encode(piece).count(self._image) for piece in pieces]
-        return [piece[:1] for piece in pieces[1:]] == ["1", "2", "3"] and pads == [1, 0, 1, 0]
+    def _pictures(self, rendered: str) -> int:
+        return self._encoder.encode(rendered).count(self._image)
 
     def _reasoning(self, ids: Iterable[int]) -> Reasoning | None:
         """That of a prompt of ``ids``: the last mark in it says whether reasoning is open."""
@@ -186,7 +178,7 @@ class PromptBuilder:
         """A message as the templates take it: of texts alone, its content is one text."""
         guard = self._encoder.guard
         parts = [
-            {"type": "text", "text": guard(part)} if isinstance(part, str) else _PICTURE
+            {"type": "text", "text": guard(part)} if isinstance(part, str) else PICTURE
             for part in message.content
         ]
         texts = [part for part in message.content if isinstance(part, str)]
@@ -219,6 +211,10 @@ class PromptBuilder:
                 **variables,
             )
         )
+
+
+def _is_about_tools(message: Message) -> bool:
+    return message.role == "tool" or bool(message.tool_calls)
 
 
 def _as_dict(call: ToolCall) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -50,6 +52,23 @@ ApiKey = Annotated[SecretStr, Field(min_length=1)]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 
 
+def _host(text: str) -> str:
+    """A name as it stands in DNS, of two labels or more, and perhaps a port; no IP address."""
+    host, _, port = text.partition(":")
+    label = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    name = re.fullmatch(rf"({label}\.)+(?=[a-z]){label}", host, re.ASCII)
+    if not name or len(host) > 253 or (":" in text and not _is_port(port)):
+        raise ValueError("expected a host such as 'a.example' or 'a.example:8443'")
+    return text
+
+
+def _is_port(text: str) -> bool:
+    return bool(re.fullmatch("[1-9][0-9]{0,4}", text)) and int(text) < 65536
+
+
+ImageHost = Annotated[str, StringConstraints(to_lower=True), AfterValidator(_host)]
+
+
 class Settings(BaseModel):
     """The effective settings; ``config/default.toml`` says what each is for."""
 
@@ -80,8 +99,11 @@ class Settings(BaseModel):
     max_parts: int = Field(ge=2)
     max_field_kb: int = Field(ge=1)
     max_prompt_chars: int = Field(ge=1)
+    image_hosts: Annotated[tuple[ImageHost, ...], BeforeValidator(_split)]
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_split)]
+    max_requests_per_key: int = Field(ge=0)
     cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_split)]
+    page: Literal["on", "off"]
     log_format: Literal["text", "json"]
     trusted_hops: int = Field(ge=0, le=16)
 
@@ -118,7 +140,7 @@ def explain(
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
 
-    def take(source: str, more: Mapping[str, Any]) -> None:
+    def merge(source: str, more: Mapping[str, Any]) -> None:
         for key, value in more.items():
             if key not in Settings.model_fields:
                 near = difflib.get_close_matches(key, Settings.model_fields, n=1)
@@ -128,10 +150,10 @@ def explain(
                 raise SettingsError(f"setting '{key}' ({source}): no key is true or false")
             values[key], origins[key] = value, source
 
-    take("config/default.toml", _read(DEFAULTS))
+    merge("config/default.toml", _read(DEFAULTS))
     if file := environ.get(FILE_VARIABLE):
-        take(file, _read(Path(file)))
-    take(
+        merge(file, _read(Path(file)))
+    merge(
         "environment",
         {
             name.removeprefix(PREFIX).lower(): value
@@ -139,7 +161,7 @@ def explain(
             if name.startswith(PREFIX) and name != FILE_VARIABLE
         },
     )
-    take("overrides", overrides)
+    merge("overrides", overrides)
     try:
         return Settings.model_validate(values), origins
     except ValidationError as error:

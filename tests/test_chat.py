@@ -49,6 +49,7 @@ def test_an_answer(client, backend: FakeBackend):
     assert response.status_code == 200
     body = response.json
     assert body.pop("created") > 0
+    assert set(body.pop("timings")) == {"read_ms", "queue_ms", "image_ms"}  # a real one knows more
     assert body == {
         "id": "chatcmpl-one",
         "model": "demo",
@@ -235,6 +236,7 @@ BAD_FIELDS = {
     "min_p: 2": hello(min_p=2),
     "presence_penalty: 3": hello(presence_penalty=3),
     "repetition_penalty: 0": hello(repetition_penalty=0),
+    "repetition_penalty: tiny": hello(repetition_penalty=5e-324),
     "seed: 2**64": hello(seed=2**64),
     "seed: 1.5": hello(seed=1.5),
     "max_tokens: 0": hello(max_tokens=0),

@@ -3,8 +3,12 @@ from __future__ import annotations
 import random
 
 import pytest
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from qwenvl_app.engine.detokenizer import Detokenizer, StopStrings
+from qwenvl_app.generation import CALL_MARKS
+from qwenvl_app.loading.checkpoint import DEMO
 
 TEXTS = [
     "plain words, and more",
@@ -31,6 +35,20 @@ def test_control_tokens_are_left_out(tokenizer):
     ids = tokenizer.encode("圆形<|im_end|>")
     detokenizer = Detokenizer(tokenizer)
     assert "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush() == "圆形"
+
+
+def test_marks_of_calls_are_text_in_every_vocabulary():
+    """Some have them as special tokens, which are left out: a call was mere JSON without them."""
+    for special in (False, True):
+        own = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
+        marks = [AddedToken(mark, special=special, normalized=False) for mark in CALL_MARKS]
+        own.add_tokens(marks, special_tokens=special)
+        text = "<tool_call>\n好\n</tool_call>"
+        ids = own.encode(text)
+        assert set(own.convert_tokens_to_ids(list(CALL_MARKS))) <= set(ids)
+        detokenizer = Detokenizer(own)
+        pieces = [detokenizer.push([i]) for i in [*ids, own.eos_token_id]]
+        assert "".join(pieces) + detokenizer.flush() == text
 
 
 def test_an_answer_cut_inside_a_character_ends_as_a_whole_decode_would(tokenizer):

@@ -87,7 +87,7 @@ def fits(text: str, schema: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
 )
 def test_every_answer_is_json_of_its_schema(engine, seed):
     """200 schemas in all, four answers at once. One that was cut says nothing; there are few."""
@@ -127,7 +127,7 @@ def test_who_has_no_constraint_gets_the_same_beside_those_that_have(engine):
     free = [
         random_request(rng, seed=number, max_new_tokens=24, **settings)
         for number, settings in enumerate(
-            [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8, "top_k": 20}] * 4
+            [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8, "top_k": 20}] * 2
         )
     ]
     bound = [
@@ -182,8 +182,10 @@ def check_calls(found: list[dict[str, Any]]) -> None:
 
 def test_calls_of_tools_are_in_the_template_s_form_and_fit_their_parameters(engine):
     names = set()
-    for seed in range(12):
-        text, reason = answer(engine.submit(asked(Constraint("tools", tools=TOOLS), seed=seed)))
+    constraint = Constraint("tools", tools=TOOLS)
+    sequences = [engine.submit(asked(constraint, seed=seed)) for seed in range(12)]
+    for sequence in sequences:
+        text, reason = answer(sequence)
         if reason is FinishReason.STOP:
             found = calls(text)
             check_calls(found)
@@ -226,6 +228,19 @@ def test_a_mark_that_the_vocabulary_has_is_one_token(grammars, tokens):
             found = calls(tokens.decode(written))
             check_calls(found)
             assert written.count(begin) == written.count(end) == len(found)
+
+
+def test_one_call_where_there_may_be_no_more(grammars, tokens):
+    end = tokens.convert_tokens_to_ids("</tool_call>")
+    for single in (True, False):
+        matcher = matcher_of(grammars, Constraint("tools", tools=TOOLS[1:], single=single))
+        text = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+        ids = tokens.encode(text)
+        assert ids[-1] == end
+        for token in ids:
+            assert token in allowed(matcher)
+            matcher.append(token)
+        assert (allowed(matcher) == ENDS) is single
 
 
 def test_the_end_is_allowed_where_the_value_is_complete_and_nowhere_else(grammars, tokens):

@@ -16,13 +16,21 @@ MODULES = sorted(
     for path in PACKAGE.rglob("*.py")
 )
 LAYERS = [
-    (7, ("qwenvl_app.cli",)),
+    (7, ("qwenvl_app.cli", "qwenvl_app.testing")),
     (6, ("qwenvl_app.server",)),
     (5, ("qwenvl_app.web",)),
     (4, ("qwenvl_app.backends",)),
     (3, ("qwenvl_app.loading", "qwenvl_app.service")),
     (2, ("qwenvl_app.engine",)),
-    (1, ("qwenvl_app.images", "qwenvl_app.prompts", "qwenvl_app.chat_encoder")),
+    (
+        1,
+        (
+            "qwenvl_app.images",
+            "qwenvl_app.prompts",
+            "qwenvl_app.chat_encoder",
+            "qwenvl_app.template_probes",
+        ),
+    ),
     (
         0,
         (

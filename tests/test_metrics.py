@@ -127,7 +127,7 @@ def test_histograms_of_one_answer():
     metrics = Metrics(Admission(4, 16, 30), lambda: Status(Phase.READY), BackendStats)
     record = RequestRecord(arrived=100.0, stages={"queue": 0.25, "image": 0.5}, submitted=101.0)
     timings = Timings(preprocess=0.25, queue=0.5, prefill=2.0, first_token=3.0, decode=8.0)
-    record.take(Delta("", FinishReason.LENGTH, Usage(100, 5), timings))
+    record.add(Delta("", FinishReason.LENGTH, Usage(100, 5), timings))
     metrics.count(record, "/x", 200, generates=True)
     samples = parse(metrics.render().decode())
     for name, expected in {

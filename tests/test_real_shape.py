@@ -90,7 +90,7 @@ def test_it_loads_in_the_checkpoints_own_dtype(loaded, exact):
     assert text.rope_parameters["rope_theta"] == 5_000_000
     assert text.rope_parameters["mrope_section"] == [24, 20, 20]
     assert loaded.model.config.vision_config.deepstack_visual_indexes == [0, 1, 2]
-    assert loaded.image_processor.size["longest_edge"] == 4096 * 4096
+    assert loaded.patcher.processor.size["longest_edge"] == 4096 * 4096
 
 
 def test_special_tokens_are_where_they_are_published(loaded):

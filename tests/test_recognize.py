@@ -400,11 +400,24 @@ def test_no_memory_for_a_picture(app, post, monkeypatch, error):
     assert post(GOOD).status == 200
 
 
-@pytest.mark.parametrize("path", ["//v1/image/recognize", "/v1//image/recognize", "//evil.example"])
-def test_slashes_are_no_redirect(client, path):
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("//v1/image/recognize", 422), ("/v1//image/recognize", 404), ("//evil.example", 404)],
+)
+def test_slashes_are_no_redirect(client, path, status):
     """Werkzeug redirects, in HTML, to wherever the Host header says; the original did not."""
-    answer = client.post(path, headers={"Host": "evil.example"})
-    assert (answer.status_code, answer.json) == (404, {"detail": "Not Found"})
+    headers, path = {"Host": "evil.example"}, {"PATH_INFO": path}
+    answer = client.post("/", headers=headers, environ_overrides=path)
+    assert (answer.status_code, "Location" in answer.headers) == (status, False)
+    assert answer.json["detail"]
+
+
+def test_an_absolute_url_without_a_path_is_no_redirect(client):
+    """``GET http://evil.example HTTP/1.1``, of which a WSGI server makes an empty path."""
+    for method, status in (("GET", 200), ("HEAD", 200), ("POST", 405)):
+        answer = client.open("/", method=method, environ_overrides={"PATH_INFO": ""})
+        assert answer.status_code == status
+        assert "Location" not in answer.headers
 
 
 def post_with(app, **environ):

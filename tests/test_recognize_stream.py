@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
@@ -48,7 +47,7 @@ class Told(FakeGeneration):
     """These deltas and nothing else."""
 
     def __init__(self, deltas: tuple[Delta, ...]):
-        super().__init__([], threading.Event(), None, None)
+        super().__init__(FakeBackend(), [], None)
         self.deltas = deltas
 
     def __iter__(self) -> Iterator[Delta]:

@@ -34,7 +34,7 @@ class LocalBackend:
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self._status = Status(Phase.LOADING, "loading the libraries")
+        self._status = Status(Phase.LOADING, "looking for the checkpoint")
         self._engine: Engine | None = None
         self._lock = threading.Lock()
         self._next_line = 0.0
@@ -95,14 +95,17 @@ class LocalBackend:
 
     def _prepare(self) -> tuple[LoadedModel, MemoryPlan]:
         # Not at the top: importing torch and transformers takes seconds, in which /livez is to
-        # answer already.
-        from qwenvl_app.engine import cpu
-        from qwenvl_app.loading import checkpoint, devices, load
+        # answer already, and a checkpoint that is none is told before.
+        from qwenvl_app.loading import checkpoint
 
         settings = self._settings
-        process.use_threads(settings.cpu_threads)
         self._say("looking for the checkpoint")
         found = checkpoint.find(settings.model, say=self._say)
+        self._say("loading the libraries")
+        from qwenvl_app.engine import cpu
+        from qwenvl_app.loading import devices, load
+
+        process.use_threads(settings.cpu_threads)
         plan = devices.before_loading(found, settings)
         loaded = load.load(
             found,

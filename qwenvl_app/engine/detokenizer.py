@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qwenvl_app.generation import CALL_MARKS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -17,10 +19,14 @@ class Pieces:
 
     A Chinese character or an emoji is often several byte tokens, so text is held back while it
     ends in an unfinished character. Each step decodes a short window, not the whole answer.
+    Special tokens are no text, but for the marks of calls, which some vocabularies have as such.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        special = (number for number, token in added.items() if token.special)
+        self._hidden = {each for each in special if added[each].content not in CALL_MARKS}
         self._ids: list[int] = []
         self._window = 0  # where the window begins: ids before it can't change what follows
         self._emitted = 0  # ids before it have been given out as text
@@ -36,8 +42,8 @@ class Pieces:
 
     def _decode(self, end: int) -> str:
         text = self._tokenizer.decode(
-            self._ids[self._window : end],
-            skip_special_tokens=True,
+            [each for each in self._ids[self._window : end] if each not in self._hidden],
+            skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
         return str(text)
@@ -48,7 +54,7 @@ class Detokenizer:
 
     What a model reasons before it answers is no part of it: all up to ``reasoning.end``, if the
     prompt opened the reasoning or the first token does. Elsewhere these tokens are text as any
-    other. ``take_reasoning`` has them, without the white space around.
+    other. ``pop_reasoning`` has them, without the white space around.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reasoning: Reasoning | None = None):
@@ -68,10 +74,10 @@ class Detokenizer:
         self._think([], last=True)
         return self._trim(self._answer.push([], last=True))
 
-    def take_reasoning(self) -> str:
+    def pop_reasoning(self) -> str:
         """Text of the reasoning that became certain since the last call."""
-        taken, self._reasoning = self._reasoning, ""
-        return taken
+        popped, self._reasoning = self._reasoning, ""
+        return popped
 
     def _split(self, ids: list[int]) -> int:
         """How many of ``ids`` are the reasoning's, its marks included."""

@@ -9,7 +9,7 @@ sequence has a copy of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwenvl_app.engine.schema_bounds import LIMITS, check_grammar, checked_schema, refusal
 from qwenvl_app.errors import BadSchema
+from qwenvl_app.generation import CALL_MARKS
 from qwenvl_app.prompts import Reasoning
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 _KEPT = 32  # grammars; each holds some hundred KB
 _LARGEST = 32_768  # characters of all schemas of a request, as JSON
-_CALLS = ("<tool_call>", "</tool_call>")  # as Qwen's templates write them (Hermes)
 
 
 class Matcher:
@@ -140,16 +140,16 @@ class Grammars:
         if constraint.kind == "json":
             text = f"answer: %json {checked_schema(constraint.schema)}\n"
         else:
-            text = self._calls(constraint.tools)
+            text = self._calls(constraint)
         if len(text) > _LARGEST:
             raise BadSchema(f"over {_LARGEST} characters")
         return head + text
 
-    def _calls(self, tools: tuple[Mapping[str, Any], ...]) -> str:
-        begin, end = (self._mark(mark) for mark in _CALLS)
-        numbers = range(len(tools))
+    def _calls(self, constraint: Constraint) -> str:
+        begin, end = (self._mark(mark) for mark in CALL_MARKS)
+        tools, numbers = constraint.tools, range(len(constraint.tools))
         rules = [
-            'answer: call ("\\n" call)*',
+            "answer: call" if constraint.single else 'answer: call ("\\n" call)*',
             f'call: {begin} "\\n" body "\\n" {end}',
             "body: " + " | ".join(f"body{number}" for number in numbers),
         ]

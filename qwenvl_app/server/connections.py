@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from qwenvl_app.server.connection import Connection
-from qwenvl_app.server.framing import Incoming, Rules
+from qwenvl_app.server.framing import FramingLimits, Incoming
 
 # A client that is still sending gets to read its answer first: a socket that is closed with bytes
 # unread is reset. For so long, and so many bytes, what it sends is thrown away.
@@ -21,8 +21,8 @@ _DISCARD = 2**18  # bytes at a time
 class Connections:
     """Used by the loop's thread only."""
 
-    def __init__(self, poller: selectors.BaseSelector, rules: Rules):
-        self._poller, self._rules = poller, rules
+    def __init__(self, poller: selectors.BaseSelector, limits: FramingLimits):
+        self._poller, self._limits = poller, limits
         self.all: set[Connection] = set()
         self.watched: set[Connection] = set()  # idle, unfinished or lingering: no thread has them
         self.unread = 0  # bytes of all requests that no thread has taken
@@ -34,7 +34,7 @@ class Connections:
 
     def renew(self, conn: Connection) -> None:
         """Expect another request; what there was of this one is gone, or a thread has it."""
-        conn.incoming = Incoming(self._rules, conn.client)
+        conn.incoming = Incoming(self._limits, conn.client)
         self.count(conn)
 
     def count(self, conn: Connection) -> None:

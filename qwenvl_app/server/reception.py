@@ -1,4 +1,4 @@
-"""Reads each connection until it holds a whole request: without blocking, under limits.
+"""Request buffering: reads each connection, without blocking, until it holds a whole request.
 
 Everything here runs on the thread of the worker's loop.
 """
@@ -19,7 +19,7 @@ from qwenvl_app.errors import ServiceError, Unavailable
 from qwenvl_app.server import refusals
 from qwenvl_app.server.connection import SEND_TIMEOUT_S, Connection
 from qwenvl_app.server.connections import Connections
-from qwenvl_app.server.framing import Rules, State
+from qwenvl_app.server.framing import FramingLimits, State
 from qwenvl_app.server.limits import Limits
 from qwenvl_app.web.errors import malformed, of_http, too_large
 
@@ -34,8 +34,8 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class Reception:
     """All connections. A thread gets those whose request is there by ``take``, and none before.
 
-    ``admits`` says of a head whether its body is worth waiting for; if not, the application gets
-    the head alone, to say so.
+    ``wants_body`` says of a head whether its body is waited for; if not, the application gets the
+    head alone, to say so.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Reception:
         limits: Limits,
         poller: selectors.BaseSelector,
         refuser: refusals.Refusals,
-        admits: Callable[[Request], bool],
+        wants_body: Callable[[Request], bool],
     ):
         self._cfg, self._limits, self._refuser = cfg, limits, refuser
-        self.connections = Connections(poller, Rules(cfg, limits.body, admits))
+        self.connections = Connections(poller, FramingLimits(cfg, limits.body, wants_body))
         self.stopping = False
         self._heads: deque[Connection] = deque()  # requests that wait for a thread
         self._bodies: deque[Connection] = deque()  # the same, those with a body

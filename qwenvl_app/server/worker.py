@@ -131,7 +131,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         settings = current()
         limits = Limits.of(settings, self.cfg)
         self.refuser = Refusals(self._count, settings.trusted_hops)
-        self.reception = Reception(self.cfg, limits, self.poller, self.refuser, self._admits)
+        self.reception = Reception(self.cfg, limits, self.poller, self.refuser, self._wants_body)
         queue = self.method_queue
         self.poller.register(queue.fileno(), selectors.EVENT_READ, queue.run_callbacks)
         while self.alive and self.is_parent_alive():
@@ -148,7 +148,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         if refused := hook(self.app.callable, "refused"):
             refused(error.status, error.reason)
 
-    def _admits(self, req: Request) -> bool:
+    def _wants_body(self, req: Request) -> bool:
         """Whether to wait for a request's body. Not without a key, wherever it is sent."""
         has_key = hook(self.app.callable, "has_key")
         # As gunicorn tells it the application.

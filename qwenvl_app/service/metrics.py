@@ -49,6 +49,7 @@ UNREAD = "unread"  # the route of requests that the worker itself refuses
 REASONS = {
     "bad_request": 400,
     "unauthorized": 401,
+    "key_limit": 429,
     "too_large": 413,
     "invalid_form": 422,
     "busy": 503,
@@ -87,6 +88,11 @@ class Metrics:
         self._failed = self._counter("request_failed", "Failed in here", "reason")
         self._prompt = self._counter("prompt_tokens", "Tokens read, the pictures' included")
         self._generated = self._counter("generation_tokens", "Tokens written")
+        self._by_key = self._counter("key_requests", "Requests with each API key", "key", "status")
+        self._prompt_by_key = self._counter("key_prompt_tokens", "Tokens read for each key", "key")
+        self._generated_by_key = self._counter(
+            "key_generation_tokens", "Tokens written for each key", "key"
+        )
         self._histograms = {
             name: Histogram(PREFIX + name, f"{text}.", registry=self.registry, buckets=buckets)
             for name, (text, buckets) in HISTOGRAMS.items()
@@ -98,7 +104,7 @@ class Metrics:
             self._of_failure(status_code).labels(reason)
         for reason in ("memory", "draining"):  # before work had begun, and after
             self._failed.labels(reason)
-        self.registry.register(_State(admission, status, stats))
+        self.registry.register(_Gauges(admission, status, stats))
         ProcessCollector(registry=self.registry)
 
     def count(self, record: RequestRecord, route: str, status: int, *, generates: bool) -> None:
@@ -109,6 +115,8 @@ class Metrics:
         self._http.labels(route, str(status)).inc()
         if not generates:
             return
+        if record.key:
+            self._by_key.labels(record.key, str(status)).inc()
         if record.pixels is not None:
             self._observe("image_pixels", record.pixels)
         cancelled = record.finish_reason is FinishReason.CANCELLED
@@ -134,6 +142,9 @@ class Metrics:
         if usage := record.usage:
             self._prompt.inc(usage.prompt_tokens)
             self._generated.inc(usage.completion_tokens)
+            if record.key:
+                self._prompt_by_key.labels(record.key).inc(usage.prompt_tokens)
+                self._generated_by_key.labels(record.key).inc(usage.completion_tokens)
         if (timings := record.timings) is None:
             return
         stages, decode = record.stages, timings.decode
@@ -160,7 +171,7 @@ class Metrics:
         return Counter(PREFIX + name, f"{text}.", labels, registry=self.registry)
 
 
-class _State(Collector):
+class _Gauges(Collector):
     """Gauges that are asked for at the time of a scrape."""
 
     def __init__(

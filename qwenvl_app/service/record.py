@@ -15,7 +15,8 @@ class RequestRecord:
     """One request's account, kept by the thread that answers it. Times are ``time.monotonic()``.
 
     ``stages``: seconds that this thread spent, by stage: read, queue, image. What the backend
-    says of its own part comes with the last delta. ``reason``: why there is no answer.
+    says of its own part comes with the last delta. ``reason``: why there is no answer. ``key``: the
+    name of the API key, where keys are asked for.
     """
 
     arrived: float = field(default_factory=time.monotonic)
@@ -26,6 +27,7 @@ class RequestRecord:
     timings: Timings | None = None
     finish_reason: FinishReason | None = None
     reason: str | None = None
+    key: str | None = None
 
     @property
     def age(self) -> float:
@@ -45,7 +47,7 @@ class RequestRecord:
         """The backend gets it now."""
         self.submitted = time.monotonic()
 
-    def take(self, delta: Delta) -> str:
+    def add(self, delta: Delta) -> str:
         """Note what the last delta says; returns the delta's text."""
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason

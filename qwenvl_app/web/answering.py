@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import NamedTuple
@@ -13,10 +13,12 @@ from qwenvl_app.backends import Backend, require_ready
 from qwenvl_app.generation import Delta, GenerationRequest, Status
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.deadline import Deadline
+from qwenvl_app.service.quota import Quota
 from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import request_log
 from qwenvl_app.web.disconnects import Disconnects
+from qwenvl_app.web.image_urls import Fetcher
 
 
 class Service(NamedTuple):
@@ -25,8 +27,10 @@ class Service(NamedTuple):
     settings: Settings
     backend: Backend
     admission: Admission
+    quota: Quota
     disconnects: Disconnects
     status: Callable[[], Status]
+    fetcher: Fetcher
 
 
 class Answering:
@@ -58,9 +62,23 @@ class Answering:
         """Give back what is still held; what failed is not measured by the admission."""
         self.held.__exit__(kind, error, trace)
 
+    def fetch(self, urls: Mapping[str, str]) -> dict[str, bytes]:
+        """The pictures that are on other hosts; see ``Fetcher.fetch``. Raises ServiceError.
+
+        Before ``admit``: a slow host holds no permit.
+        """
+        if not urls:
+            return {}
+        require_ready(self._service.status())
+        with self.record.stage("fetch"):
+            return self._service.fetcher.fetch(
+                urls, request.content_length or 0, self.deadline, self.request_id
+            )
+
     def admit(self) -> None:
         """Take a permit. Raises ServiceError."""
         require_ready(self._service.status())
+        self.held.enter_context(self._service.quota.hold(self.record.key))
         waited = self.held.enter_context(self._service.admission.admit(self.deadline))
         self.record.stages["queue"] = waited
 
@@ -75,6 +93,6 @@ class Answering:
 
     def _deltas(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
         for delta in deltas:
-            self.record.take(delta)
+            self.record.add(delta)
             yield delta
         self.deadline.check()

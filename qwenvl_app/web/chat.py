@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from qwenvl_app.generation import (
     TokenLogprob,
     Usage,
 )
+from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import sse
 from qwenvl_app.web.answering import Answering, Service
-from qwenvl_app.web.chat_schema import ChatMessage, ChatRequest, TextPart
+from qwenvl_app.web.chat_schema import ChatMessage, ChatRequest, ImagePart, TextPart
 from qwenvl_app.web.errors import as_service_error, dumps, openai_error
 from qwenvl_app.web.image_parts import load_image
 from qwenvl_app.web.json_body import read_json
+from qwenvl_app.web.tool_calls import CallReader
 
 Json = dict[str, Any]
 
@@ -61,8 +63,9 @@ def blueprint(service: Service) -> Blueprint:
             with answering.record.stage("read"):
                 asked = ChatRequest.parse(read_json(request), settings.max_new_tokens)
                 _check_length(asked, settings.max_prompt_chars)
+            fetched = answering.fetch(_addresses(asked))
             answering.admit()
-            deltas = answering.generate(_request(asked, answering, settings))
+            deltas = answering.generate(_request(asked, answering, settings, fetched))
             answer = _Answer(asked, answering, _name(settings))
             if not asked.stream:
                 return jsonify(answer.whole(deltas))
@@ -78,18 +81,31 @@ def _name(settings: Settings) -> str:
 
 
 def _check_length(asked: ChatRequest, most: int) -> None:
-    texts = [message.reasoning_content or "" for message in asked.messages]
-    parts = [part for message in asked.messages for part in message.parts]
-    texts += [part.text for part in parts if isinstance(part, TextPart)]
-    if (length := sum(map(len, texts))) > most:
-        raise TooLarge(f"messages: {length} characters, and the limit is {most}.")
+    if (length := asked.characters) > most:
+        raise TooLarge(f"messages and tools: {length} characters, and the limit is {most}.")
 
 
-def _request(asked: ChatRequest, answering: Answering, settings: Settings) -> GenerationRequest:
+def _addresses(asked: ChatRequest) -> dict[str, str]:
+    """The URLs of pictures that are elsewhere, each with the field it stands in."""
+    return {
+        part.image_url.url: _where(number, place)
+        for number, message in enumerate(asked.messages)
+        for place, part in enumerate(message.parts)
+        if isinstance(part, ImagePart) and not part.image_url.url.startswith("data:")
+    }
+
+
+def _where(number: int, place: int) -> str:
+    return f"messages.{number}.content.{place}.image_url"
+
+
+def _request(
+    asked: ChatRequest, answering: Answering, settings: Settings, fetched: Mapping[str, bytes]
+) -> GenerationRequest:
     """What the backend is asked; pictures are decoded here, under the permit."""
     with answering.record.stage("image"):
         messages = tuple(
-            _message(message, number, answering, settings)
+            _message(message, number, answering, settings, fetched)
             for number, message in enumerate(asked.messages)
         )
     options, pixels = asked.chat_template_kwargs, asked.mm_processor_kwargs
@@ -102,12 +118,17 @@ def _request(asked: ChatRequest, answering: Answering, settings: Settings) -> Ge
         template_options=options.model_dump(exclude_none=True),
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         pixels=(pixels.min_pixels, pixels.max_pixels),
+        tools=asked.offered,
         constraint=asked.constraint,
     )
 
 
 def _message(
-    message: ChatMessage, number: int, answering: Answering, settings: Settings
+    message: ChatMessage,
+    number: int,
+    answering: Answering,
+    settings: Settings,
+    fetched: Mapping[str, bytes],
 ) -> Message:
     content: list[str | Image] = []
     for place, part in enumerate(message.parts):
@@ -115,15 +136,16 @@ def _message(
             content.append(part.text)
             continue
         answering.deadline.check()
-        where = f"messages.{number}.content.{place}.image_url"
+        where = _where(number, place)
         # The limit is for all of them: a small body may hold many that are large once decoded.
         pixels = answering.record.pixels or 0
         left = settings.max_image_megapixels - pixels / 1e6
-        image = load_image(part.image_url.url, where, left)
+        image = load_image(part.image_url.url, where, left, fetched)
         answering.record.pixels = pixels + image.width * image.height
         content.append(image)
     role = "system" if message.role == "developer" else message.role
-    return Message(role, tuple(content), reasoning=message.reasoning_content or "")
+    calls = tuple(call.as_call() for call in message.tool_calls or ())
+    return Message(role, tuple(content), message.reasoning_content or "", calls)
 
 
 class _Answer:
@@ -131,6 +153,7 @@ class _Answer:
 
     def __init__(self, asked: ChatRequest, answering: Answering, model: str):
         self._asked, self._answering = asked, answering
+        self._reader = CallReader(asked.offered)
         self._head: Json = {
             "id": f"chatcmpl-{answering.request_id}",
             "created": int(time.time()),
@@ -140,37 +163,43 @@ class _Answer:
     def whole(self, deltas: Iterator[Delta]) -> Json:
         """A ``chat.completion``."""
         parts = list(deltas)
-        message: Json = {"role": "assistant", "content": "".join(part.text for part in parts)}
+        read = self._reader.message("".join(part.text for part in parts))
+        message: Json = {"role": "assistant", **read}
         if reasoning := "".join(part.reasoning for part in parts):
             message["reasoning_content"] = reasoning
         choice = {
             "index": 0,
             "message": message,
             "logprobs": self._logprobs(tuple(one for part in parts for one in part.logprobs)),
-            "finish_reason": _finish(self._answering.record.finish_reason),
+            "finish_reason": self._finish(),
         }
-        usage = _usage(self._answering.record.usage)
-        return self._head | {"object": "chat.completion", "choices": [choice], "usage": usage}
+        return self._head | {"object": "chat.completion", "choices": [choice]} | self._account()
 
     def events(self, deltas: Iterator[Delta]) -> Iterator[str]:
         """``chat.completion.chunk`` events; an error in mid-stream is one, too."""
         try:
             yield self._chunk({"role": "assistant", "content": ""})
             for delta in deltas:
-                said = {"content": delta.text} if delta.text else {}
-                if delta.reasoning:
-                    said["reasoning_content"] = delta.reasoning
-                if said or delta.logprobs:
-                    yield self._chunk(said, self._logprobs(delta.logprobs))
-            yield self._chunk({}, finish=_finish(self._answering.record.finish_reason))
+                said = [{"reasoning_content": delta.reasoning}] if delta.reasoning else []
+                said += self._reader.push(delta.text, last=delta.finish_reason is not None)
+                if delta.logprobs and not said:
+                    said = [{}]
+                for number, each in enumerate(said):
+                    # The tokens of a text are told with its last piece, if it has several.
+                    tokens = delta.logprobs if number == len(said) - 1 else ()
+                    yield self._chunk(each, self._logprobs(tokens))
+            yield self._chunk({}, finish=self._finish())
             if self._asked.stream_options and self._asked.stream_options.include_usage:
-                usage = _usage(self._answering.record.usage)
-                yield self._event({"choices": [], "usage": usage})
+                yield self._event({"choices": []} | self._account())
         except Exception as failure:
             error = as_service_error(failure, self._answering.request_id)
             self._answering.record.reason = error.reason
             yield sse.event(dumps(openai_error(error, self._answering.request_id)))
         yield sse.DONE
+
+    def _account(self) -> Json:
+        record = self._answering.record
+        return {"usage": _usage(record.usage), "timings": _timings(record)}
 
     def _chunk(self, delta: Json, logprobs: Json | None = None, finish: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -178,6 +207,12 @@ class _Answer:
 
     def _event(self, content: Json) -> str:
         return sse.event(dumps(self._head | {"object": "chat.completion.chunk"} | content))
+
+    def _finish(self) -> str:
+        """In OpenAI's words; an answer that repeats itself was cut."""
+        if self._answering.record.finish_reason is not FinishReason.STOP:
+            return "length"
+        return "tool_calls" if self._reader.complete else "stop"
 
     def _logprobs(self, tokens: tuple[TokenLogprob, ...]) -> Json | None:
         if not self._asked.logprobs:
@@ -191,9 +226,17 @@ def _token(token: TokenLogprob) -> Json:
     return {"token": token.text, "bytes": list(token.bytes), "logprob": token.logprob}
 
 
-def _finish(reason: FinishReason | None) -> str:
-    """In OpenAI's words; an answer that repeats itself was cut."""
-    return "stop" if reason is FinishReason.STOP else "length"
+def _timings(record: RequestRecord) -> Json:
+    """Milliseconds of each stage; a field of that name is llama-server's, too."""
+    seconds = {name: record.stages.get(name, 0.0) for name in ("read", "queue", "image")}
+    if timings := record.timings:
+        seconds["queue"] += timings.queue
+        seconds |= {
+            "preprocess": timings.preprocess,
+            "prefill": timings.prefill,
+            "decode": timings.decode,
+        }
+    return {f"{name}_ms": round(value * 1000, 1) for name, value in seconds.items()}
 
 
 def _usage(usage: Usage | None) -> Json:

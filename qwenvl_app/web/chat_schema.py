@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from qwenvl_app.generation import Constraint, SamplingParams
+from qwenvl_app.generation import CALL_MARKS, Constraint, SamplingParams
 from qwenvl_app.web.errors import InvalidParameter
 from qwenvl_app.web.sampling_fields import SamplingFields, StopText
+from qwenvl_app.web.strict_model import StrictModel as _Model
+from qwenvl_app.web.tool_schema import (
+    MAX_TOOLS,
+    Calls,
+    NamedTool,
+    Tool,
+    ToolChoice,
+    check_choice,
+    for_template,
+    in_order,
+)
 
 _MAX_MESSAGES = 1000
 _MAX_PARTS = 1000
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class ImageURL(_Model):
@@ -43,18 +51,23 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class ChatMessage(_Model):
-    """One turn; ``developer`` is a newer name of ``system``."""
+    """One turn; ``developer`` is a newer name of ``system``.
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(max_length=_MAX_PARTS)]
+    An assistant's with ``tool_calls`` may have no content. A ``tool``'s is the result of a call.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Part], Field(max_length=_MAX_PARTS)] | None = None
     reasoning_content: str | None = None
+    tool_calls: Calls | None = None
+    tool_call_id: str | None = None
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
         """The content as parts."""
         if isinstance(self.content, str):
             return [TextPart(type="text", text=self.content)]
-        return self.content
+        return self.content or []
 
 
 class TemplateOptions(_Model):
@@ -124,6 +137,9 @@ class ChatRequest(_Model, SamplingFields):
     chat_template_kwargs: TemplateOptions = TemplateOptions()
     mm_processor_kwargs: PixelLimits = PixelLimits()
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -150,12 +166,32 @@ class ChatRequest(_Model, SamplingFields):
             raise InvalidParameter("top_logprobs: only with logprobs.", "top_logprobs")
         if parsed.stream_options and not parsed.stream:
             raise InvalidParameter("stream_options: only with stream.", "stream_options")
-        return parsed
+        check_choice(parsed.tools or (), parsed.tool_choice)
+        if parsed.offered and parsed.constraint and parsed.constraint.kind == "json":
+            said = "not together with tools, but for the tool_choice none"
+            raise InvalidParameter(f"response_format: {said}.", "response_format")
+        return parsed.model_copy(update={"messages": in_order(parsed.messages)})
 
     @property
     def limit(self) -> int | None:
         """The longest answer, in tokens."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def characters(self) -> int:
+        """Of all that becomes text in the prompt."""
+        texts = [message.reasoning_content or "" for message in self.messages]
+        parts = [part for message in self.messages for part in message.parts]
+        texts += [part.text for part in parts if isinstance(part, TextPart)]
+        calls = [call for message in self.messages for call in message.tool_calls or ()]
+        texts += [call.function.name + call.function.arguments for call in calls]
+        texts += [json.dumps(tool, ensure_ascii=False) for tool in self.offered]
+        return sum(map(len, texts))
+
+    @property
+    def offered(self) -> tuple[dict[str, Any], ...]:
+        """The tools that the model is told of."""
+        return () if self.tool_choice == "none" else for_template(self.tools or ())
 
     @property
     def constraint(self) -> Constraint | None:
@@ -164,11 +200,19 @@ class ChatRequest(_Model, SamplingFields):
             return Constraint("json", self.response_format.json_schema.schema_)
         if isinstance(self.response_format, JsonObject):
             return Constraint("json", {"type": "object"})
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            named = (tool for tool in self.offered if tool["function"]["name"] == name)
+            return Constraint("tools", tools=tuple(named), single=True)
+        if self.tool_choice == "required":
+            return Constraint("tools", tools=self.offered, single=self.parallel_tool_calls is False)
         return None
 
     def sampling(self, repetition_limit: int) -> SamplingParams:
         """How to generate; what was not sent is the checkpoint's."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if self.offered and self.parallel_tool_calls is False and not self.constraint:
+            stop = (*stop, CALL_MARKS[1])  # after which another call would begin
         return SamplingParams(
             **self.sent(),
             max_new_tokens=self.limit,

@@ -60,6 +60,7 @@ OPENAI_ROUTES = frozenset({"/v1/chat/completions", "/v1/models"})
 _ENGLISH = {
     "bad_request": "The request cannot be understood.",
     "unauthorized": "A valid API key is missing.",
+    "key_limit": "This API key has as many requests under way as one may have; try again later.",
     "too_large": "The body, a picture, or the conversation is larger than the limit.",
     "busy": "The service is busy; try again later.",
     "queue_full": "The service is busy; try again later.",

@@ -90,7 +90,7 @@ def _write(request_id: str, about: Fields, record: RequestRecord) -> None:
             "tokens": usage.completion_tokens,
             "reasoning_tokens": usage.reasoning_tokens or None,
         }
-    fields |= {"finish_reason": record.finish_reason, "reason": record.reason}
+    fields |= {"finish_reason": record.finish_reason, "reason": record.reason, "key": record.key}
     known = {
         name: round(value, 4) if isinstance(value, float) else value
         for name, value in fields.items()

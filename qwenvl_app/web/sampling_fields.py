@@ -38,8 +38,12 @@ class SamplingFields(BaseModel):
     frequency_penalty: float | None = Field(
         default=None, ge=-2, le=2, description="The same, for each time that it was written."
     )
+    # Divided by less, a score may be infinite, and then no token can be drawn.
     repetition_penalty: float | None = Field(
-        default=None, gt=0, le=2, description="Divides the score of tokens that are there; 1: none."
+        default=None,
+        ge=0.01,
+        le=2,
+        description="Divides the score of tokens that are there; 1: none.",
     )
     seed: int | None = Field(
         default=None, ge=0, le=2**63 - 1, description="Makes a sampled answer repeatable."

@@ -9,6 +9,7 @@ from pydantic_core import PydanticKnownError
 
 from qwenvl_app.errors import InvalidForm
 from qwenvl_app.generation import SamplingParams
+from qwenvl_app.web import examples
 from qwenvl_app.web.forms import Form, Upload
 from qwenvl_app.web.sampling_fields import SamplingFields, StopText
 
@@ -24,8 +25,8 @@ def _expect_upload(value: Any) -> Upload:
 class RecognizeForm(SamplingFields):
     """The two fields of ``POST /v1/image/recognize``, and those that may be sent with them."""
 
-    prompt: str
-    image: Annotated[Upload, PlainValidator(_expect_upload)]
+    prompt: str = Field(examples=examples.PROMPTS, json_schema_extra={"minLength": 1})
+    image: Annotated[Upload, PlainValidator(_expect_upload, json_schema_input_type=bytes)]
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="The longest answer, in tokens."
     )

@@ -7,27 +7,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 
 from flask import request
 
 from qwenvl_app import create_app
-from qwenvl_app.generation import Delta, GenerationRequest
-from tests.fakes import FakeBackend, FakeGeneration
+from tests.fakes import FakeBackend
 
-
-class SlowGeneration(FakeGeneration):
-    def __iter__(self) -> Iterator[Delta]:
-        time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
-        yield from super().__iter__()
-
-
-class SlowBackend(FakeBackend):
-    def generate(self, request: GenerationRequest) -> FakeGeneration:
-        return SlowGeneration(self.pieces, self.go, self.failure, request.deadline)
-
-
-app = create_app(backend=SlowBackend("一个", "答案。"))
+backend = FakeBackend("一个", "答案。")
+backend.delay_s = float(os.environ.get("FAKE_SECONDS", "0"))
+app = create_app(backend=backend)
 
 
 @app.post("/age")

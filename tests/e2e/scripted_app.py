@@ -1,21 +1,19 @@
 """The service with a script for a model: it tells the picture's number and the question.
 
-``FAKE_SECONDS`` is how long an answer takes. A question that begins with "wait" gets its first
-piece and then nothing; "cut" gets an answer that is not whole, and "fail" a 500.
+``FAKE_SECONDS`` is how long an answer takes. The question "wait" gets its first piece and then
+nothing, "cut" an answer that is not whole, and "fail" a 500.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import time
-from collections.abc import Iterator
 
 from PIL import Image
 
 from qwenvl_app import create_app
 from qwenvl_app.errors import InternalError
-from qwenvl_app.generation import BackendStats, Delta, FinishReason, GenerationRequest, Usage
+from qwenvl_app.generation import BackendStats, FinishReason, GenerationRequest
 from tests.fakes import FakeBackend, FakeGeneration, prompt_of
 
 SLOTS = 3
@@ -38,22 +36,9 @@ def _number(image: Image.Image) -> int:
     return int(red << 16 | green << 8 | blue)
 
 
-class ScriptedGeneration(FakeGeneration):
-    prompt = ""
+class Backend(FakeBackend):
+    """Each answer has a script of its own."""
 
-    def __iter__(self) -> Iterator[Delta]:
-        time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
-        if self.prompt.startswith("fail"):
-            raise InternalError("没有做到。")
-        for piece in self.pieces:
-            yield Delta(piece)
-            while self.prompt.startswith("wait") and not self.cancelled:
-                time.sleep(0.01)
-        reason = FinishReason.LENGTH if self.prompt.startswith("cut") else FinishReason.STOP
-        yield Delta("", reason, Usage(10, len(self.pieces)))
-
-
-class ScriptedBackend(FakeBackend):
     def stats(self) -> BackendStats:
         return BackendStats(slots=SLOTS)
 
@@ -61,10 +46,17 @@ class ScriptedBackend(FakeBackend):
         parts = request.messages[-1].content
         numbers = [_number(part) for part in parts if isinstance(part, Image.Image)]
         prompt = prompt_of(request)
-        pieces = list(expected(*numbers, prompt=prompt))[: request.sampling.max_new_tokens]
-        made = ScriptedGeneration(pieces, self.go, self.failure, request.deadline)
-        made.prompt = prompt
-        return made
+        text = expected(*numbers, prompt=prompt)[: request.sampling.max_new_tokens]
+        script = FakeBackend(*text)
+        script.delay_s = float(os.environ.get("FAKE_SECONDS", "0"))
+        match prompt:
+            case "wait":
+                script.apart_s = 600
+            case "cut":
+                script.finish_reason = FinishReason.LENGTH
+            case "fail":
+                script.pieces, script.failure = [], InternalError("没有做到。")
+        return script.generate(request)
 
 
-app = create_app(backend=ScriptedBackend())
+app = create_app(backend=Backend())

@@ -28,7 +28,7 @@ class Stepped(FakeGeneration):
 
 class SteppedBackend(FakeBackend):
     def generate(self, request: GenerationRequest) -> FakeGeneration:
-        self.generations.append(Stepped(self.pieces, self.go, None, request.deadline))
+        self.generations.append(Stepped(self, self.pieces, request.deadline))
         return self.generations[-1]
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.e2e.apps import APART_S, PIECES
 from tests.e2e.nginx import BINARY, Nginx
-from tests.e2e.server import Server
+from tests.e2e.server import FAKE, Server
 from tests.test_metrics import parse
 from tests.waiting import until
 from tests.wire import END, GOOD, MULTIPART, PROMPT, ROUTE, encode, part, send
@@ -30,12 +30,14 @@ pytestmark = [
     # The certificate is signed by itself.
     pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning"),
 ]
-ANSWER = '{"status":"success","result":"circle"}'
+ANSWER = '{"status":"success","result":"一个答案。"}'
 
 
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("behind") / "log", QWENVL_TRUSTED_HOPS="1") as server:
+    """Without a model: what is asked here is what nginx and the service make of one another."""
+    log = tmp_path_factory.mktemp("behind") / "log"
+    with Server(log, FAKE, QWENVL_TRUSTED_HOPS="1") as server:
         server.wait()
         yield server
 

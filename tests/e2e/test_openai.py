@@ -71,6 +71,51 @@ def test_an_answer_of_a_schema(client):
     assert isinstance(answer.choices[0].message.parsed, Shape)
 
 
+class Mark(BaseModel):
+    """Marks a shape."""
+
+    shape: Literal["circle", "triangle"]
+    at: tuple[int, int] | None
+
+
+REQUIRED = {"tools": [openai.pydantic_function_tool(Mark)], "tool_choice": "required"}
+
+
+def test_tools_and_a_turn_with_their_results(client):
+    answer = client.chat.completions.parse(
+        model="demo", messages=ASKED, parallel_tool_calls=False, **REQUIRED
+    )
+    (choice,) = answer.choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name) == ("function", "Mark")
+    assert isinstance(call.function.parsed_arguments, Mark)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "marked"}
+    said = {
+        "role": "assistant",
+        "tool_calls": [call.model_dump(exclude={"function": {"parsed_arguments"}})],
+    }
+    turns = [*ASKED, said, result]
+    answer = create(client, messages=turns, tools=REQUIRED["tools"], max_tokens=20)
+    assert answer.usage.prompt_tokens_details.cached_tokens > 0
+    assert answer.choices[0].message.tool_calls is None
+
+
+def test_tools_in_a_stream(client):
+    named = {"type": "function", "function": {"name": "Mark"}}
+    with client.chat.completions.stream(
+        model="demo", messages=ASKED, tools=REQUIRED["tools"], tool_choice=named
+    ) as stream:
+        kinds = [event.type for event in stream]
+        (choice,) = stream.get_final_completion().choices
+    assert kinds.count("tool_calls.function.arguments.done") == 1
+    assert kinds.count("tool_calls.function.arguments.delta") > 2
+    assert choice.finish_reason == "tool_calls"
+    assert isinstance(choice.message.tool_calls[0].function.parsed_arguments, Mark)
+    with pytest.raises(openai.BadRequestError, match="nope"):
+        create(client, **REQUIRED | {"tool_choice": {**named, "function": {"name": "nope"}}})
+
+
 def test_errors_are_what_the_package_raises(client):
     with pytest.raises(openai.BadRequestError) as caught:
         create(client, n=2)

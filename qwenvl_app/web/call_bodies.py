@@ -1,0 +1,195 @@
+"""What stands between ``<tool_call>`` and its end, read as it comes: JSON, or Qwen3.5's tags.
+
+The forms are those that the chat templates ask for. vLLM reads them in hermes_tool_parser.py and
+qwen3coder_tool_parser.py (vllm/tool_parsers).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from qwenvl_app.web.parameter_types import written_value
+
+Functions = Mapping[str, Mapping[str, Any]]  # the schema of each one's arguments, by its name
+
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("[^"\x00-\x1f]*")\s*,\s*"arguments"\s*:\s*(?=\{)')
+_LONGEST_HEAD = 1000  # characters; behind it a call is told when all of it is there
+_BETWEEN = frozenset(" \t\r\n,:+-.0123456789eEtrufalsn")  # in JSON, outside of texts and brackets
+_FUNCTION = re.compile(r"\s*<function=([^<>\n]{1,100})>")
+_PARAMETER = re.compile(r"\s*<parameter=([^<>\n]{1,1000})>(.*?)</parameter>", re.DOTALL)
+_FUNCTION_END = re.compile(r"\s*</function>")
+
+
+class NotACall(Exception):
+    """The text is something else."""
+
+
+class JsonBody:
+    """``{"name": ..., "arguments": {...}}``. ``arguments`` is as the model wrote it.
+
+    ``read`` takes all of the body that there is, more of it each time. ``name`` is None until it
+    is known. Of the body ``told`` characters are in ``arguments``. ``end`` is where the call is
+    complete, None before that; ``closing`` may follow there.
+    """
+
+    starts = "{"
+    closing = "}"
+
+    def __init__(self, functions: Functions):
+        self._functions = functions
+        self.name: str | None = None
+        self.arguments = ""
+        self.told = 0
+        self.end: int | None = None
+        self._begin: int | None = None  # of the arguments, if they are told as they come
+        self._at = 0
+        self._open: list[str] = []  # the brackets that will close
+        self._quoted = self._escaped = False
+
+    def read(self, body: str) -> None:
+        """Raises NotACall."""
+        if self._begin is None and (head := _HEAD.match(body, 0, _LONGEST_HEAD)):
+            self.name = self._known(_parsed(head[1]))
+            self._begin = head.end()
+        end = self._scan(body)
+        if self._begin is not None:
+            self.arguments, self.told = body[self._begin : self._at], self._at
+            if end is not None:
+                _parsed(self.arguments)
+                self.end = end
+        elif end is not None:
+            self._take(_parsed(body[:end]))
+            self.end = self.told = end
+
+    def _scan(self, body: str) -> int | None:
+        """Where the arguments end, if they are told as they come, else the call; or None."""
+        for at in range(self._at, len(body)):
+            self._step(body[at])
+            outer = 0 if self._begin is None or at < self._begin else 1
+            if body[at] in "}]" and not self._quoted and len(self._open) == outer:
+                self._at = at + 1
+                return self._at
+        self._at = len(body)
+        return None
+
+    def _step(self, char: str) -> None:
+        if self._quoted:
+            if char < " ":
+                raise NotACall
+            self._quoted = self._escaped or char != '"'
+            self._escaped = char == "\\" and not self._escaped
+        elif char == '"':
+            self._quoted = True
+        elif char in "{[":
+            self._open.append("}" if char == "{" else "]")
+        elif char in "}]":
+            if not self._open or self._open.pop() != char:
+                raise NotACall
+        elif char not in _BETWEEN:
+            raise NotACall
+
+    def _take(self, call: Any) -> None:
+        """Of a call whose parts come in another order, or with no arguments at all."""
+        arguments = call.get("arguments", {})
+        if not call.keys() <= {"name", "arguments"} or not isinstance(arguments, dict):
+            raise NotACall
+        self.name = self._known(call.get("name"))
+        self.arguments = _written(arguments)
+
+    def _known(self, name: Any) -> str:
+        if not isinstance(name, str) or name not in self._functions:
+            raise NotACall
+        return name
+
+
+class TaggedBody:
+    """``<function=NAME>`` and for each argument ``<parameter=NAME>`` around a text.
+
+    See ``JsonBody``. What a text means its schema says; one that can't be meant stays a text.
+    """
+
+    starts = "<function="
+    closing = ""
+
+    def __init__(self, functions: Functions):
+        self._functions = functions
+        self.name: str | None = None
+        self.arguments = ""
+        self.told = 0
+        self.end: int | None = None
+        self._names: set[str] = set()
+
+    def read(self, body: str) -> None:
+        """Raises NotACall."""
+        if self.name is None:
+            head = _FUNCTION.match(body)
+            if head is None:
+                if len(body) > 200 or "\n" in body.strip():
+                    raise NotACall
+                return
+            if head[1] not in self._functions:
+                raise NotACall
+            self.name, self.told = head[1], head.end()
+        while found := _PARAMETER.match(body, self.told):
+            self._take(found[1], found[2])
+            self.told = found.end()
+        if end := _FUNCTION_END.match(body, self.told):
+            self.arguments = (self.arguments or "{") + "}"
+            self.end = self.told = end.end()
+        elif not _may_become(body[self.told :].lstrip(), "<parameter=", "</function>"):
+            raise NotACall
+
+    def _take(self, name: str, text: str) -> None:
+        if name in self._names:
+            raise NotACall
+        self._names.add(name)
+        text = text.removeprefix("\n").removesuffix("\n")
+        value = written_value(text, self._functions[self.name or ""], name)
+        begin = ", " if self.arguments else "{"
+        self.arguments += f"{begin}{_written(name)}: {_written(value)}"
+
+
+Body = JsonBody | TaggedBody
+
+
+def body_of(text: str, functions: Functions) -> Body | None:
+    """What reads a body that begins with ``text``; None if that can't be told. Or NotACall."""
+    text = text.lstrip()
+    for kind in (JsonBody, TaggedBody):
+        if text.startswith(kind.starts):
+            return kind(functions)
+    if not _may_become(text, JsonBody.starts, TaggedBody.starts):
+        raise NotACall
+    return None
+
+
+def _may_become(text: str, *beginnings: str) -> bool:
+    return any(each.startswith(text) or text.startswith(each) for each in beginnings)
+
+
+def _parsed(text: str) -> Any:
+    """Of JSON in which no name occurs twice, and that has JSON's own values alone."""
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except (ValueError, RecursionError):
+        raise NotACall from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise NotACall
+    return values
+
+
+def _constant(_: str) -> NoReturn:
+    raise NotACall
+
+
+def _written(value: Any) -> str:
+    """As JSON; in ASCII where it has what no encoding has."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(value)

@@ -1,0 +1,27 @@
+"""The service around a script, for the page's tests: what is asked decides what is answered."""
+
+from __future__ import annotations
+
+from qwenvl_app import create_app
+from qwenvl_app.generation import GenerationRequest
+from qwenvl_app.testing import ScriptedBackend, prompt_of
+
+MARKS = """```json
+[{"bbox_2d": [100, 200, 500, 800], "label": "box"}, {"point_2d": [900, 100], "label": "dot"}]
+```"""
+
+
+def answer(request: GenerationRequest) -> list[str]:
+    """Long for "count", marks for "find", else the picture's size."""
+    prompt = prompt_of(request)
+    if "count" in prompt:
+        return [f"{number} " for number in range(200)]
+    if "find" in prompt:
+        return [MARKS]
+    width, height = request.images[-1].size
+    return [f"{width} x {height}, ", f"{len(request.messages)} messages"]
+
+
+backend = ScriptedBackend()
+backend.answer, backend.apart_s = answer, 0.05
+app = create_app(backend=backend)

@@ -1,0 +1,47 @@
+"""The pictures of the page in docs/: ``python -m tests.e2e.screenshots``."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import Page
+
+from tests.e2e.browser import chromium, opened
+from tests.e2e.server import ROOT, Server
+
+DOCS = ROOT / "docs"
+
+
+def ask(page: Page, text: str, number: int) -> None:
+    page.locator("#question").fill(text)
+    page.keyboard.press("Enter")
+    page.locator("article.assistant footer:not([hidden])").nth(number).wait_for()
+
+
+def main() -> None:
+    """Wide, light and Chinese; narrow, dark and English."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Server(Path(folder) / "log") as server,
+        chromium() as browser,
+    ):
+        server.wait()
+        size = {"width": 1100, "height": 900}
+        with opened(browser, server.url, viewport=size, locale="zh-CN") as page:
+            page.locator("#samples button").nth(1).click()
+            ask(page, "这张图里有什么？", 0)
+            ask(page, "是什么颜色？", 1)
+            page.screenshot(path=DOCS / "page.png")
+        size, dark = {"width": 375, "height": 900}, {"locale": "en", "color_scheme": "dark"}
+        with opened(browser, server.url, viewport=size, **dark) as page:
+            page.locator("#samples button").nth(0).click()
+            ask(page, "what shape is it?", 0)
+            page.locator("#show-status").click()
+            page.wait_for_timeout(3000)
+            page.evaluate("scrollTo(0, 0)")
+            page.screenshot(path=DOCS / "page-phone.png")
+
+
+if __name__ == "__main__":
+    main()
