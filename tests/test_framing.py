@@ -219,3 +219,24 @@ def test_whom_gunicorn_trusts_is_who_has_connected():
     for peer, state in ((("127.0.0.1", 1), State.BODY), (("10.0.0.1", 1), State.REFUSED)):
         incoming = Incoming(FramingLimits(config, LIMIT), peer)
         assert incoming.feed(form(b"Path_Info: x", CHUNKED, body=b"")) is state
+
+
+@pytest.mark.parametrize(
+    ("raw", "path"),
+    [
+        (b"GET /v1/models HTTP/1.1", "/v1/models"),
+        (b"\r\nGET /v1/models?a=b HTTP/1.1\r\n", "/v1/models"),
+        (b"GET /v1%2Fmodels HTTP/1.1", "/v1/models"),
+        (b"GET http://x/v1/models HTTP/1.1", "/v1/models"),
+        (b"GET /v1/models", ""),
+        (b"GET http://x", ""),
+        (b"/v1/models \r\n", ""),
+        (b"GET\r\n /v1/models \r\n", ""),
+        (b"GET /\xff HTTP/1.1", "/\xff"),
+        (b"", ""),
+    ],
+)
+def test_the_path_is_told_by_the_first_bytes(raw: bytes, path: str):
+    incoming = Incoming(LIMITS)
+    incoming.feed(raw)
+    assert incoming.asked.path == path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import logging
 import os
 import shutil
@@ -386,8 +387,8 @@ def test_pictures_and_body_have_one_limit(client, monkeypatch, host: ImageHost, 
     assert client.post(ROUTE, json=ask(f"{url}/noise")).status_code == 200
     message = refused(client.post(ROUTE, json=ask(f"{url}/noise?1", f"{url}/noise?2")), 413)
     assert message.startswith("messages.0.content.1.image_url")
-    asked = ask(f"{url}/noise") | {"user": "x" * 500_000}
-    refused(client.post(ROUTE, json=asked), 413)
+    asked = json.dumps(ask(f"{url}/noise")) + " " * 500_000
+    refused(client.post(ROUTE, data=asked, content_type="application/json"), 413)
 
 
 @pytest.mark.parametrize("path", image_host.TOO_SLOW)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Callable, Generator
+from typing import NamedTuple
+from urllib.parse import unquote
 
 from gunicorn.config import Config
 from gunicorn.http import errors as http
@@ -24,6 +26,8 @@ _PIECE = 64 * 1024  # bytes that gunicorn's parser gets at a time; it copies the
 _MAX_CHUNKS = 8192
 # What its parser accepts as a first line, or more: a complete line that is otherwise is refused.
 _REQUEST_LINE = re.compile(rb"[^ ]+ [\x21-\x7e]+ HTTP/\d\.\d")
+# What can be told of a first line that is not valid, or not whole: the path, once it has ended.
+_PATH = re.compile(rb"(?:\r\n)?[^ \r\n]+ (?:https?://[^/ \r\n]*)?(/[^? \r\n]*)[? ]")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]+)(?:" + CHUNK_EXT_RE.pattern + rb")")
 
@@ -37,6 +41,13 @@ class State(enum.Enum):
     REFUSED = enum.auto()  # by its head: gunicorn or the application says so, whatever else comes
     MALFORMED = enum.auto()  # a chunked body whose frame is wrong: ``fault`` says how
     TOO_LARGE = enum.auto()  # a chunked body over the limit
+
+
+class Asked(NamedTuple):
+    """What is asked for, as far as the request's first bytes tell, valid or not."""
+
+    path: str  # as WSGI has it; "" if it is not known
+    is_head: bool  # HEAD, whose answer has no body
 
 
 class FramingLimits:
@@ -91,9 +102,11 @@ class Incoming:
         return any(name == "EXPECT" for name, _ in self.request.headers)  # others are refused
 
     @property
-    def is_head(self) -> bool:
-        """Whether HEAD is asked for, whose answer has no body; told by the first bytes."""
-        return self.buffer[:7].removeprefix(b"\r\n").startswith(b"HEAD ")
+    def asked(self) -> Asked:
+        """What its answer, or a refusal in its place, has to be like."""
+        path = _PATH.match(self.buffer)
+        is_head = self.buffer[:7].removeprefix(b"\r\n").startswith(b"HEAD ")
+        return Asked(unquote(path[1].decode("latin-1")) if path else "", is_head)
 
     def feed(self, data: bytes | bytearray | memoryview) -> State:
         """Take more bytes; says how far the request has come."""
