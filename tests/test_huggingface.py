@@ -127,7 +127,7 @@ def test_a_connection_that_is_cut(hub: Hub, published: Path, tmp_path: Path):
     assert max(megabytes) == 15.6
 
 
-def test_a_process_that_is_killed(hub: Hub, published: Path, tmp_path: Path):
+def test_a_process_that_is_killed(hub: Hub, published: Path, tmp_path: Path, monkeypatch):
     """Without the hub, half of a model is not taken for a copy of the client's."""
     hub.rate = 1e6
     command = [sys.executable, "-m", "flask", "--app", "wsgi", "download"]
@@ -149,6 +149,9 @@ def test_a_process_that_is_killed(hub: Hub, published: Path, tmp_path: Path):
     assert found.level is Level.WARN
     assert found.text.startswith(f"{MODEL} is not in Hugging Face's cache yet, or not all of it")
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE forbids to download it" in fail()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.rate, hub.status = None, 500
     assert fail() == (
         "Hugging Face answers with an error (status 500); what has come is kept, and the next "
