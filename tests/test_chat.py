@@ -145,6 +145,14 @@ def test_an_error_in_mid_stream(client, backend: FakeBackend, caplog, failure, c
     assert not [line for line in samples if "request_success_total{" in line and " 1.0" in line]
 
 
+def test_an_error_before_the_first_token_has_its_status(client, backend: FakeBackend):
+    backend.pieces, backend.failure = [], Unavailable.exhausted()
+    response = client.post(ROUTE, json=hello(stream=True))
+    assert (response.status_code, response.mimetype) == (503, "application/json")
+    assert response.get_json()["error"]["code"] == "memory"
+    assert int(response.headers["Retry-After"]) > 0
+
+
 def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: FakeBackend):
     """A generator that never ran has no finally: the close of the response releases."""
     response = app.test_client().post(ROUTE, json=hello(stream=True), buffered=False)

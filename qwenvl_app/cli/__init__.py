@@ -16,6 +16,7 @@ from flask import Flask
 from flask.cli import FlaskGroup
 
 from qwenvl_app import create_app, logs
+from qwenvl_app.cli import commands as asking
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.settings import CONFIG, SECRETS, Settings, SettingsError, explain
 from qwenvl_app.version import VERSION
@@ -44,7 +45,7 @@ def application() -> Flask:
 def commands() -> Flask:
     """An application that has the commands and nothing else: no route, no model, no settings."""
     app = Flask("qwenvl_app", static_folder=None)
-    for command in (check_config, run_doctor, download):
+    for command in (check_config, run_doctor, download, *asking.ALL):
         app.cli.add_command(command)
     return app
 
@@ -133,5 +134,5 @@ def _shown(key: str, value: object) -> str:
     return str(value) if isinstance(value, str) else repr(value)
 
 
-for each in (serve, check_config, run_doctor, download):
+for each in (serve, check_config, run_doctor, download, *asking.ALL):
     main.add_command(each)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import chain, islice
 from types import TracebackType
 from typing import NamedTuple
 
@@ -83,16 +84,21 @@ class Answering:
         self.record.stages["queue"] = waited
 
     def generate(self, asked: GenerationRequest) -> Iterator[Delta]:
-        """Start generating. Raises ServiceError, while it is iterated too."""
+        """Start generating, and wait for the first words. Raises ServiceError, iterated too.
+
+        So what fails before them is an answer with a status of its own, where one is streamed, too.
+        """
         self.deadline.check()
         self.record.submit()
         generation = self._service.backend.generate(asked)
         self.held.callback(generation.cancel)
         self.held.enter_context(self.deadline.on_leaving(generation.cancel))
-        return self._deltas(iter(generation))
+        deltas = self._deltas(iter(generation))
+        return chain(list(islice(deltas, 1)), deltas)
 
     def _deltas(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
         for delta in deltas:
             self.record.add(delta)
-            yield delta
+            if delta.text or delta.reasoning or delta.logprobs or delta.finish_reason is not None:
+                yield delta
         self.deadline.check()
