@@ -136,8 +136,23 @@ def chat(nginx: Nginx, number: str) -> requests.Response:
     )
 
 
-def test_a_stream_of_tokens_comes_as_they_are_made(nginx: Nginx, behind: Server):
+@pytest.fixture
+def talking(tmp_path: Path) -> Iterator[tuple[Nginx, Server]]:
+    """One whose answers take long, a piece of 1 kB every 10 ms."""
+    long = {"FAKE_PIECES": "1000", "FAKE_SECONDS_APART": "0.01"}
+    with Server(tmp_path / "log", FAKE, **long) as server:
+        server.wait()
+        (tmp_path / "nginx").mkdir()
+        nginx = Nginx(tmp_path / "nginx", server.port)
+        try:
+            yield nginx, server
+        finally:
+            nginx.stop()
+
+
+def test_a_stream_of_tokens_comes_as_they_are_made(talking: tuple[Nginx, Server]):
     """And whoever leaves in the middle of it is seen to leave, through nginx too."""
+    nginx, behind = talking
     with chat(nginx, "half-way") as answer:
         assert "X-Accel-Buffering" not in answer.headers  # nginx has taken it for itself
         begun, pieces = b"", answer.iter_content(None)
