@@ -6,9 +6,11 @@ import logging
 import socket
 import struct
 import threading
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from socket import _SendableFile
+
     from _typeshed import ReadableBuffer
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class Outgoing(socket.socket):
         self.unsent += data
         self.flush(flags)
 
-    def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
+    def sendfile(self, file: _SendableFile, offset: int = 0, count: int | None = None) -> int:
         """As ``sendall``. The kernel's own would wait, and overtake what is ``unsent``.
 
         gunicorn sends files so, and those of the page are small.
