@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from qwenvl_app.cli.answers import Failed
+from qwenvl_app.cli.batch_output import Output
+from qwenvl_app.cli.batch_source import Item
 from tests.commands import invoke, start
 from tests.e2e.scripted_app import expected, picture
 from tests.e2e.server import Server
@@ -270,3 +274,23 @@ def test_ctrl_c_goes_on_later(scripted: Server, tmp_path: Path):
         "qwenvl: stopped",
     ]
     assert [row["id"] for row in read(output)] == [1]
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The disk was full for a moment: another thread's line went on where one was cut."""
+    output = Output(tmp_path / "answers.jsonl")
+    real, left = os.write, [10, 0]
+
+    def write(file: int, data: bytes) -> int:
+        if not left:
+            return real(file, data)
+        if space := left.pop(0):
+            return real(file, data[:space])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(Failed):
+        output.add(Item(1, "a.png", "?", tmp_path), {"result": "one"})
+    output.add(Item(2, "b.png", "?", tmp_path), {"result": "two"})
+    output.close()
+    assert [row["id"] for row in read(output.path)] == [2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +68,17 @@ def test_what_is_closed_counts_no_more(client: Client, unread: UnreadAnswers):
                     pass
     client.mine.sendall(ANSWER)
     client.mine.sendall(b"x")
+
+
+def test_a_file_does_not_overtake_what_waits(client: Client, tmp_path: Path):
+    """The kernel's sendfile put it before what was unsent, and its thread waited for the client."""
+    (tmp_path / "file").write_bytes(b"<" + ANSWER)
+    client.mine.setblocking(True)
+    client.mine.sendall(ANSWER)
+    with (tmp_path / "file").open("rb") as file:
+        assert client.mine.sendfile(file, offset=1, count=1000) == 1000
+    received = b""
+    while len(received) < len(ANSWER) + 1000:
+        client.mine.flush()
+        received += client.other.recv(2**16)
+    assert received == ANSWER + ANSWER[:1000]

@@ -66,7 +66,12 @@ class Output:
         """Write the line of ``item``. Raises Failed."""
         row = {"id": item.id, "image": item.image, "prompt": item.prompt} | result
         with self._lock:
-            _write(self._file, _line(row), self.path)
+            size = os.fstat(self._file).st_size
+            try:
+                _write(self._file, _line(row), self.path)
+            except Failed:
+                os.ftruncate(self._file, size)  # or another thread's line would follow half of it
+                raise
             (self.failed if "error" in row else self.answered).add(str(item.id))
 
     def close(self) -> None:

@@ -9,6 +9,8 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from socket import _SendableFile
+
     from _typeshed import ReadableBuffer
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,16 @@ class Outgoing(socket.socket):
         """Send ``data``, or keep it for ``flush``. Raises OSError if the client has gone."""
         self.unsent += data
         self.flush(flags)
+
+    def sendfile(self, file: _SendableFile, offset: int = 0, count: int | None = None) -> int:
+        """As ``sendall``. The kernel's own would wait, and overtake what is ``unsent``.
+
+        gunicorn sends files so, and those of the page are small.
+        """
+        file.seek(offset)
+        data = file.read(-1 if count is None else count)
+        self.sendall(data)
+        return len(data)
 
     def flush(self, flags: int = 0) -> None:
         """Send as much of ``unsent`` as the kernel takes. Raises OSError if the client has gone."""

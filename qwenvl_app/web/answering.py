@@ -47,6 +47,7 @@ class Answering:
         self.request_id: str = g.request_id
         self.deadline = Deadline(self.record.arrived + service.settings.request_timeout_s)
         self._service = service
+        self._counted = False
 
     def __enter__(self) -> Answering:
         """Watch the client."""
@@ -71,6 +72,7 @@ class Answering:
         if not urls:
             return {}
         require_ready(self._service.status())
+        self._count()  # or one owner could fetch so much at once that nobody else may
         with self.record.stage("fetch"):
             return self._service.fetcher.fetch(
                 urls, request.content_length or 0, self.deadline, self.request_id
@@ -79,9 +81,15 @@ class Answering:
     def admit(self) -> None:
         """Take a permit. Raises ServiceError."""
         require_ready(self._service.status())
-        self.held.enter_context(self._service.quota.hold(self.record.key))
+        self._count()
         waited = self.held.enter_context(self._service.admission.admit(self.deadline))
         self.record.waited("queue", waited)
+
+    def _count(self) -> None:
+        """Among what the key's owner has under way, once. Raises KeyLimit."""
+        if not self._counted:
+            self.held.enter_context(self._service.quota.hold(self.record.key))
+            self._counted = True
 
     def generate(self, asked: GenerationRequest) -> Iterator[Delta]:
         """Start generating, and wait for the first words. Raises ServiceError, iterated too.
