@@ -67,7 +67,10 @@ def main() -> None:
 
 @click.command("serve")
 @click.option("--bind", default="127.0.0.1:8000", show_default=True, help="Where to listen.")
-@click.option("--model", help="demo, a directory, or a ModelScope id; as QWENVL_MODEL.")
+@click.option(
+    "--model",
+    help="demo, a directory, an id of ModelScope, or hf: and one of Hugging Face; as QWENVL_MODEL.",
+)
 def serve(bind: str, model: str | None) -> None:
     """Serve until SIGTERM or Ctrl-C. This process becomes gunicorn's."""
     if model:

@@ -81,7 +81,7 @@ class Answering:
         require_ready(self._service.status())
         self.held.enter_context(self._service.quota.hold(self.record.key))
         waited = self.held.enter_context(self._service.admission.admit(self.deadline))
-        self.record.stages["queue"] = waited
+        self.record.waited("queue", waited)
 
     def generate(self, asked: GenerationRequest) -> Iterator[Delta]:
         """Start generating, and wait for the first words. Raises ServiceError, iterated too.
