@@ -45,6 +45,7 @@ class Answering:
         self.record: RequestRecord = request_log.current()
         self.request_id: str = g.request_id
         self.deadline = Deadline(self.record.arrived + service.settings.request_timeout_s)
+        self.originals: list[bytes] = []
         self._service = service
 
     def __enter__(self) -> Answering:
@@ -81,6 +82,11 @@ class Answering:
         self.held.enter_context(self._service.quota.hold(self.record.key))
         waited = self.held.enter_context(self._service.admission.admit(self.deadline))
         self.record.stages["queue"] = waited
+
+    def keep(self, original: bytes) -> None:
+        """The file of a decoded picture, in the order of the pictures, if the backend wants it."""
+        if self._service.settings.backend == "remote":
+            self.originals.append(original)
 
     def generate(self, asked: GenerationRequest) -> Iterator[Delta]:
         """Start generating. Raises ServiceError, while it is iterated too."""
