@@ -19,9 +19,7 @@ from tests.waiting import until
 PROBE_S = 0.1
 
 
-class _KeptAlive(WSGIRequestHandler):
-    protocol_version = "HTTP/1.1"
-
+class _Quiet(WSGIRequestHandler):
     def log(self, *_: object) -> None:
         """Nothing: the application has a line of its own."""
 
@@ -30,7 +28,7 @@ class _KeptAlive(WSGIRequestHandler):
 def served(backend: ScriptedBackend, **settings: str) -> Iterator[str]:
     """The address of a service around ``backend``."""
     app = create_app(load_settings(settings), backend)
-    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=_KeptAlive)
+    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=_Quiet)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

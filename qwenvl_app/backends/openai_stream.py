@@ -52,7 +52,7 @@ class AnswerReader:
         self.finish: FinishReason | None = None
         self.usage: Usage | None = None
         self._call: int | None = None  # the index of the call that is open
-        self._arguments = False  # whether any of them came
+        self._arguments = ""  # of that call
 
     def read(self, data: bytes) -> Delta | None:
         """What an event says to the client, if it says anything. Raises UpstreamError."""
@@ -79,11 +79,14 @@ class AnswerReader:
         choice = event["choices"][0]
         said = choice.get("delta") or {}
         text = _text(said.get("content"))
+        if text.strip():
+            text = self._end_call() + text
         for call in said.get("tool_calls") or ():
             text += self._tool_call(call)
         if finish := choice.get("finish_reason"):
             self.finish = _FINISHES[finish]
-            text += self._end_call()
+            if self.finish is FinishReason.STOP or _is_json(self._arguments):
+                text += self._end_call()
         # Its name in OpenAI's clients so far, and the newer one of vLLM.
         reasoning = _text(said.get("reasoning_content") or said.get("reasoning"))
         scores = (choice.get("logprobs") or {}).get("content") or ()
@@ -100,18 +103,27 @@ class AnswerReader:
             if not isinstance(name, str) or not isinstance(index, int):
                 raise TypeError
             text = self._end_call()
-            self._call, self._arguments = index, False
+            self._call, self._arguments = index, ""
             quoted = json.dumps(name, ensure_ascii=False)
             text += f'{CALL_MARKS[0]}\n{{"name": {quoted}, "arguments": '
         arguments = _text(function.get("arguments"))
-        self._arguments |= bool(arguments.strip())
+        self._arguments += arguments
         return text + arguments
 
     def _end_call(self) -> str:
         if self._call is None:
             return ""
         self._call = None
-        return ("" if self._arguments else "{}") + f"}}\n{CALL_MARKS[1]}"
+        return ("" if self._arguments.strip() else "{}") + f"}}\n{CALL_MARKS[1]}"
+
+
+def _is_json(text: str) -> bool:
+    """Whether ``text`` is all of one: a call that was cut is none, and stays as it is."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _text(value: object) -> str:
