@@ -74,6 +74,11 @@ class Exchange:
             if self.aborted:
                 connection.cut(self)
 
+    def settle(self) -> None:
+        """All of the answer was read. The connection may serve another by now: it is let go."""
+        with self._lock:
+            self._connection = None
+
     def abort(self) -> None:
         """Close the connection, so that the upstream stops and whoever reads it goes on."""
         with self._lock:

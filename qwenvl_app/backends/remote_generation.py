@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _PIECE = 64 * 1024
 _MOST_ATTEMPTS = 4
+_DRAIN_S = 1.0
 
 
 class RemoteGeneration:
@@ -79,9 +80,10 @@ class RemoteGeneration:
 
     def _attempts(self) -> Iterator[Delta]:
         tried: list[Upstream] = []
+        reset: list[Upstream] = []  # those that broke off
         error: UpstreamError | None = None
         while True:
-            upstream = self._next(tried, error)
+            upstream = self._next(tried, reset, error)
             tried.append(upstream)
             try:
                 yield from self._attempt(upstream)
@@ -95,22 +97,24 @@ class RemoteGeneration:
                 upstream.failed(failure)
                 log.warning("upstream %s: %s (request %s)", upstream.name, failure, self._id)
                 error = failure
+                if failure.reset:
+                    reset.append(upstream)
 
-    def _next(self, tried: list[Upstream], error: UpstreamError | None) -> Upstream:
+    def _next(
+        self, tried: list[Upstream], reset: list[Upstream], error: UpstreamError | None
+    ) -> Upstream:
         """Who is asked, after ``error`` at the last of ``tried``. Raises ServiceError.
 
         Whoever broke a connection off is asked a second time, if there is nobody else: it may have
         been a connection that was idle for long.
         """
-        backend = self._backend
         if error and (self._first or not error.retry or len(tried) >= _MOST_ATTEMPTS):
             raise error.error
-        found = backend.upstreams.choose(self._body.affinity, tried)
-        if error and not found and error.reset and len(tried) == 1:
-            found = tried[0]
+        found = self._backend.upstreams.choose(self._body.affinity, tried)
+        found = found or next((each for each in reset if tried.count(each) == 1), None)
         if not found:
             raise error.error if error else down()
-        if error and not backend.budget.spend():
+        if error and not self._backend.budget.spend():
             raise error.error
         return found
 
@@ -165,11 +169,17 @@ class RemoteGeneration:
             yield delta
         if reader.finish is None:
             raise broken("half a stream")
-        with suppress(*TRANSPORT):
-            if len(response.read(_PIECE)) < _PIECE:  # the end of the frame: the connection is kept
-                response.release_conn()
+        self._drain(exchange, response)
         upstream.succeeded()
         yield Delta("", reader.finish, reader.usage, self._timings(last))
+
+    def _drain(self, exchange: Exchange, response: BaseHTTPResponse) -> None:
+        """Read the end of the frame, if it comes soon, so that the connection is kept."""
+        soon = time.monotonic() + _DRAIN_S
+        with suppress(*TRANSPORT), self._backend.alarm.at(soon, exchange.abort):
+            if len(response.read(_PIECE)) < _PIECE:
+                response.release_conn()
+        exchange.settle()
 
     def _timings(self, last: float | None = None) -> Timings:
         """As seen from here; the upstream's queue is part of ``prefill``."""
