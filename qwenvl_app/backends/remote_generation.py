@@ -166,6 +166,7 @@ class RemoteGeneration:
             if self._first is None:
                 self._first = last
                 upstream.has_begun(exchange)
+                self._body = Body((), None)  # it won't be sent again, and may be large
             yield delta
         if reader.finish is None:
             raise broken("half a stream")

@@ -93,6 +93,7 @@ class Answering:
         self.deadline.check()
         self.record.submit()
         generation = self._service.backend.generate(asked)
+        self.originals = []  # an answer that streams would keep them to its end
         self.held.callback(generation.cancel)
         self.held.enter_context(self.deadline.on_leaving(generation.cancel))
         return self._deltas(iter(generation))
