@@ -18,7 +18,7 @@ run: $(VENV)/runtime
 
 # Everything but what repeats a proof for longer or in more variants, on both cores.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(VENV)/dev
 	$(BIN)/python -m pytest

@@ -35,9 +35,9 @@ def prepare(loaded: LoadedModel, picture: Path, prompt: str) -> dict[str, torch.
         add_generation_prompt=True,
     )
     image = Image.open(picture).convert("RGB")
-    inputs = dict(loaded.image_processor(images=[image], return_tensors="pt"))
+    inputs = dict(loaded.patcher.processor(images=[image], return_tensors="pt"))
     pad = loaded.tokenizer.convert_ids_to_tokens(loaded.model.config.image_token_id)
-    merged = int(inputs["image_grid_thw"].prod()) // loaded.image_processor.merge_size**2
+    merged = int(inputs["image_grid_thw"].prod()) // loaded.patcher.processor.merge_size**2
     inputs |= dict(loaded.tokenizer([str(text).replace(pad, pad * merged)], return_tensors="pt"))
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == loaded.model.config.image_token_id).long()
     return {name: tensor.to(loaded.model.device) for name, tensor in inputs.items()}

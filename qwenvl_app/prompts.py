@@ -92,8 +92,8 @@ class PromptBuilder:
         self._tokenizer, self._template, self._merged = tokenizer, template, merge_size**2
         self._encoder = ChatEncoder(tokenizer)
         # Names that mean something on the way to the template, or are its end-of-turn token.
-        taken = signature(tokenizer.apply_chat_template).parameters
-        self._taken = {"self", "conversations", "messages", *taken, *tokenizer.special_tokens_map}
+        own = signature(tokenizer.apply_chat_template).parameters
+        self._reserved = {"self", "conversations", "messages", *own, *tokenizer.special_tokens_map}
         vocabulary = tokenizer.get_vocab()
         self._image = vocabulary[IMAGE_PAD]
         content = [PICTURE, {"type": "text", "text": TEXT}]
@@ -148,7 +148,7 @@ class PromptBuilder:
             raise BadRequest(*_TOO_MANY)
         if not self._takes_tools and (tools or any(map(_is_about_tools, messages))):
             raise BadRequest(*_NO_TOOLS)
-        if not self._taken.isdisjoint(options):
+        if not self._reserved.isdisjoint(options):
             raise BadRequest(*_BAD_OPTIONS)
         try:
             if options and len(json.dumps(dict(options))) > _MAX_OPTIONS:

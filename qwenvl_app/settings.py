@@ -162,7 +162,7 @@ def explain(
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
 
-    def take(source: str, more: Mapping[str, Any]) -> None:
+    def merge(source: str, more: Mapping[str, Any]) -> None:
         for key, value in more.items():
             if key not in Settings.model_fields:
                 near = difflib.get_close_matches(key, Settings.model_fields, n=1)
@@ -172,10 +172,10 @@ def explain(
                 raise SettingsError(f"setting '{key}' ({source}): no key is true or false")
             values[key], origins[key] = value, source
 
-    take("config/default.toml", _read(DEFAULTS))
+    merge("config/default.toml", _read(DEFAULTS))
     if file := environ.get(FILE_VARIABLE):
-        take(file, _read(Path(file)))
-    take(
+        merge(file, _read(Path(file)))
+    merge(
         "environment",
         {
             name.removeprefix(PREFIX).lower(): value
@@ -183,7 +183,7 @@ def explain(
             if name.startswith(PREFIX) and name != FILE_VARIABLE
         },
     )
-    take("overrides", overrides)
+    merge("overrides", overrides)
     try:
         return Settings.model_validate(values), origins
     except ValidationError as error:

@@ -6,14 +6,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qwenvl_app import create_app, process, testing
-from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.settings import Settings, load_settings
 from tests import declared
@@ -21,8 +20,14 @@ from tests.fakes import FakeBackend
 from tests.waiting import until
 from tests.wire import MULTIPART, ROUTE, Answer
 
-# As the service does: two threads on two busy cores spend their time waiting for one another.
-process.use_threads(0)
+if TYPE_CHECKING:  # of pytest-xdist's three processes one runs no tests, and waits for no torch
+    from transformers import PreTrainedTokenizerBase
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    """As the service does: two threads on two busy cores spend their time waiting for another."""
+    process.use_threads(0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -90,6 +95,10 @@ def client(app: Flask) -> FlaskClient:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     """The embedded checkpoint's tokenizer; special tokens in a text are special to it."""
+    from transformers import AutoTokenizer
+
+    from qwenvl_app.loading.checkpoint import DEMO
+
     return AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
 
 

@@ -16,6 +16,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.engine.inputs import prepare
 from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.pixels import Patcher
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.generation import GenerationRequest, SamplingParams, question
 from tests.waiting import until
@@ -47,7 +48,7 @@ def until_idle(engine: Engine) -> None:
     )
 
 
-def spread(loaded: LoadedModel, attention: str = "sdpa") -> LoadedModel:
+def spread(loaded: LoadedModel, attention: str = "sdpa", layers: int = 4) -> LoadedModel:
     """The embedded architecture with random weights, and pictures of up to 256 tokens.
 
     A trained demo model hides errors, since it answers alike wherever the picture's tokens are.
@@ -55,6 +56,7 @@ def spread(loaded: LoadedModel, attention: str = "sdpa") -> LoadedModel:
     """
     torch.manual_seed(1)
     config = copy.deepcopy(loaded.model.config)
+    config.text_config.num_hidden_layers = layers
     model = Qwen3VLForConditionalGeneration(config).eval()
     model.set_attn_implementation(attention)
     with torch.no_grad():
@@ -62,9 +64,9 @@ def spread(loaded: LoadedModel, attention: str = "sdpa") -> LoadedModel:
             if parameter.ndim >= 2:
                 parameter.normal_(0, 0.12)
     model.generation_config = copy.deepcopy(loaded.model.generation_config)
-    processor = copy.deepcopy(loaded.image_processor)
+    processor = copy.deepcopy(loaded.patcher.processor)
     processor.size = {"shortest_edge": 64 * 64, "longest_edge": 512 * 512}
-    return dataclasses.replace(loaded, model=model, image_processor=processor)
+    return dataclasses.replace(loaded, model=model, patcher=Patcher(processor))
 
 
 def request(image: Image.Image, prompt: str = "这张图里有什么？", **sampling) -> GenerationRequest:
@@ -107,7 +109,7 @@ def inputs_of(loaded: LoadedModel, asked: GenerationRequest) -> dict[str, torch.
         # Not as Pillow alone would: see pixels.py.
         pictures = [patcher.resized(image) for image in asked.images]
         # A second time they would be resized where the processor admits one area, as the demo's.
-        made |= loaded.image_processor(images=pictures, do_resize=False, return_tensors="pt")
+        made |= loaded.patcher.processor(images=pictures, do_resize=False, return_tensors="pt")
     return {name: tensor.to(loaded.model.device) for name, tensor in made.items()}
 
 

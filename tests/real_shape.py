@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,7 @@ def config(
     }
 
 
+@cache
 def vocabulary() -> dict[bytes, int]:
     """The 151,643 entries of the tokenizer, each with its rank. OSError if it can't be had."""
     downloads = Path(sys.prefix) / "downloads"
@@ -160,12 +162,13 @@ def vocabulary() -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
-def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+@cache
+def merges() -> list[tuple[bytes, bytes]]:
     """The pair that each longer entry was merged from, in the order of their ranks.
 
     It is what is left when the entry's bytes are merged by all lower ranks.
     """
-    pairs = []
+    ranks, pairs = vocabulary(), []
     for token, rank in ranks.items():
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
@@ -193,7 +196,7 @@ def write_tokenizer(directory: Path) -> None:
         return "".join(letters[byte] for byte in token)
 
     spelled = {spell(token): rank for token, rank in ranks.items()}
-    lines = [f"{spell(left)} {spell(right)}" for left, right in merges(ranks)]
+    lines = [f"{spell(left)} {spell(right)}" for left, right in merges()]
     _write(directory / "vocab.json", spelled)
     (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), "utf-8")
     added = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,10 +26,14 @@ class _Quiet(WSGIRequestHandler):
 
 
 @contextmanager
-def served(backend: ScriptedBackend, **settings: str) -> Iterator[str]:
+def served(
+    backend: ScriptedBackend, tls: ssl.SSLContext | None = None, **settings: str
+) -> Iterator[str]:
     """The address of a service around ``backend``."""
     app = create_app(load_settings(settings), backend)
-    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=_Quiet)
+    server = make_server(
+        "127.0.0.1", 0, app, threaded=True, request_handler=_Quiet, ssl_context=tls
+    )
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

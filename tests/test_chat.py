@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from PIL import Image
 
 from qwenvl_app import create_app
 from qwenvl_app.errors import BadSchema, Unavailable
 from qwenvl_app.generation import Constraint, Phase, Status
 from qwenvl_app.settings import load_settings
+from qwenvl_app.web import json_body
+from qwenvl_app.web.chat_schema import ChatRequest
 from tests.fakes import FakeBackend
 from tests.wire import PNG
 
@@ -142,6 +147,14 @@ def test_an_error_in_mid_stream(client, backend: FakeBackend, caplog, failure, c
     assert not [line for line in samples if "request_success_total{" in line and " 1.0" in line]
 
 
+def test_an_error_before_the_first_token_has_its_status(client, backend: FakeBackend):
+    backend.pieces, backend.failure = [], Unavailable.exhausted()
+    response = client.post(ROUTE, json=hello(stream=True))
+    assert (response.status_code, response.mimetype) == (503, "application/json")
+    assert response.get_json()["error"]["code"] == "memory"
+    assert int(response.headers["Retry-After"]) > 0
+
+
 def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: FakeBackend):
     """A generator that never ran has no finally: the close of the response releases."""
     response = app.test_client().post(ROUTE, json=hello(stream=True), buffered=False)
@@ -202,6 +215,7 @@ BROKEN_JSON = {
     "5,000 digits": b'{"seed": ' + b"9" * 5000 + b"}",
     "65 levels": deep(65).encode(),
     "100,000 levels": deep(100_000).encode(),
+    "20,000 keys": json.dumps({str(number): 1 for number in range(20_000)}).encode(),
     "a control character": b'{"user": "\x01"}',
 }
 BAD_FIELDS = {
@@ -224,9 +238,39 @@ BAD_FIELDS = {
     "an unknown field": hello(best_of=2),
     "tools": hello(tools=[]),
     "audio": hello(modalities=["audio"]),
+    "text and audio": hello(modalities=["text", "audio"]),
     "logit_bias": hello(logit_bias={"1": 100}),
     "n: 2": hello(n=2),
-    "n: true": hello(n="1"),
+    "n: a string": hello(n="1"),
+    "n: true": hello(n=True),
+    "store": hello(store=True),
+    "store: 0": hello(store=0),
+    "a service tier": hello(service_tier="priority"),
+    "reasoning_effort": hello(reasoning_effort="high"),
+    "verbosity": hello(verbosity="low"),
+    "a prediction": hello(prediction={"type": "content", "content": "x"}),
+    "web search": hello(web_search_options={}),
+    "functions": hello(functions=[]),
+    "obfuscation": hello(stream=True, stream_options={"include_obfuscation": True}),
+    "an unknown field that is null": hello(best_of=None),
+    "a name": said("x", name="bob"),
+    "a refusal": said("x", "assistant", refusal="no"),
+    "an annotation": said("x", "assistant", annotations=[{}]),
+    "a low detail": said(
+        [{"type": "image_url", "image_url": {"url": URL, "detail": "low"}}],
+    ),
+    "a user of 2,000": hello(user="x" * 2000),
+    "17 labels": hello(metadata={str(number): "x" for number in range(17)}),
+    "a label that is a number": hello(metadata={"a": 1}),
+    "a schema of 2 MB": hello(
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"title": "x" * 2**21}},
+        }
+    ),
+    "a part's type of 100,000": said([{"type": "x" * 100_000}]),
+    "a key of 100,000": hello(**{"x" * 100_000: 1}),
+    "a role of 100,000": said("x", "x" * 100_000),
     "temperature: a string": hello(temperature="0"),
     "temperature: -1": hello(temperature=-1),
     "temperature: 3": hello(temperature=3),
@@ -238,9 +282,9 @@ BAD_FIELDS = {
     "repetition_penalty: 0": hello(repetition_penalty=0),
     "repetition_penalty: tiny": hello(repetition_penalty=5e-324),
     "seed: 2**64": hello(seed=2**64),
+    "seed: -2**64": hello(seed=-(2**64)),
     "seed: 1.5": hello(seed=1.5),
     "max_tokens: 0": hello(max_tokens=0),
-    "max_tokens: too many": hello(max_tokens=10**6),
     "max_tokens: true": hello(max_tokens=True),
     "two limits": hello(max_tokens=1, max_completion_tokens=2),
     "five stops": hello(stop=["a"] * 5),
@@ -276,6 +320,36 @@ BAD_FIELDS = {
 }
 
 
+# What frameworks write out, and messages of answers as a client hands them back.
+OPENAIS = set(CompletionCreateParamsBase.__annotations__) - {"messages"}
+OURS = set(ChatRequest.model_fields) - {"messages"}
+NOTHING = {name: hello(**{name: None}) for name in sorted(OPENAIS | OURS)} | {
+    "defaults": hello(
+        n=1,
+        stop=[],
+        store=False,
+        service_tier="auto",
+        logit_bias={},
+        modalities=["text"],
+        verbosity="medium",
+        logprobs=False,
+        top_logprobs=0,
+        stream=False,
+        stream_options={"include_usage": False, "include_obfuscation": False},
+        presence_penalty=0,
+        frequency_penalty=0,
+        response_format={"type": "text"},
+        chat_template_kwargs={},
+        mm_processor_kwargs={},
+        seed=-1,
+    ),
+    "labels": hello(user="u", safety_identifier="s", prompt_cache_key="k", metadata={"a": "b"}),
+    "a message of an answer": said(
+        "hello", name=None, refusal=None, annotations=[], audio=None, function_call=None
+    ),
+}
+
+
 def check(response, status: int = 400) -> dict:
     assert response.status_code == status, response.text
     error = response.json["error"]
@@ -299,6 +373,43 @@ def test_bad_fields(client, backend: FakeBackend, name: str):
     assert backend.requests == []
 
 
+@pytest.mark.parametrize("name", NOTHING)
+def test_what_asks_for_nothing_changes_nothing(client, backend: FakeBackend, name: str):
+    for asked in (hello(), NOTHING[name]):
+        response = client.post(ROUTE, json=asked)
+        assert response.status_code == 200, response.text
+    plain, other = (
+        dataclasses.replace(asked, request_id="", deadline=None) for asked in backend.requests
+    )
+    assert other == plain
+
+
+def test_values_at_their_ends(client, backend: FakeBackend):
+    """vLLM's -1 for all tokens, and the longest answer of another model, which is cut to ours."""
+    for fields in ({"top_k": -1}, {"seed": -(2**63)}, {"max_completion_tokens": 10**6}):
+        assert client.post(ROUTE, json=hello(**fields)).status_code == 200
+    first, second, third = (request.sampling for request in backend.requests)
+    assert (first.top_k, second.seed, third.max_new_tokens) == (-1, -(2**63), 10**6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        (BAD_FIELDS["a low detail"], "messages.0.content.0.image_url.detail"),
+        (BAD_FIELDS["a text that is a list"], "messages.0.content.0.text"),
+        (said([{"type": "image_url"}]), "messages.0.content.0.image_url"),
+        (BAD_FIELDS["content: a number"], "messages.0.content"),
+        (said([{"type": "text", "text": "x", "more": 1}]), "messages.0.content.0.more"),
+        (BAD_FIELDS["five stops"], "stop"),
+        (BAD_FIELDS["a stop of numbers"], "stop.0"),
+        (BAD_FIELDS["a schema that is none"], "response_format.json_schema.schema"),
+    ],
+)
+def test_the_field_is_named_as_it_stands_in_the_body(client, asked, param):
+    """The name of a type of ours stood in it: messages.0.content.str."""
+    assert check(client.post(ROUTE, json=asked))["param"] == param
+
+
 def test_bodies_over_limits_and_of_other_types(client, settings):
     check(client.post(ROUTE, data=b"{}", content_type="text/plain"))
     check(client.post(ROUTE, data=b"{}", content_type="application/json; charset=gbk"))
@@ -311,6 +422,18 @@ def test_bodies_over_limits_and_of_other_types(client, settings):
     long = "x" * (settings.max_prompt_chars + 1)
     check(client.post(ROUTE, json=said(long)), 413)
     check(client.post(ROUTE, json=said("x", "assistant", reasoning_content=long)), 413)
+
+
+def test_who_waits_to_read_a_large_body_has_a_deadline(backend: FakeBackend):
+    """It waited for as long as those before it took, and longer than its client."""
+    app = create_app(load_settings({}, request_timeout_s=0.2), backend)
+    large = said("x" * 2**18)
+    with ThreadPoolExecutor(1) as pool:
+        with json_body._turn:
+            waiting = pool.submit(app.test_client().post, ROUTE, json=large)
+            assert wait([waiting], 5).done
+        assert waiting.result().status_code == 504
+    assert not json_body._turn.locked()
 
 
 def test_pictures_have_one_limit_together(client, backend: FakeBackend, settings):

@@ -116,7 +116,7 @@ def test_a_roomy_cache_has_sides_of_powers_of_two_within_its_budget(rows, tokens
     cache = SlotCache(layout, roomy=16 * BLOCK)
     cache.fit(rows, tokens)
     keys, _ = cache.first(rows)
-    assert (cache.rows, keys[0].shape[2]) == sides
+    assert (cache.slots, keys[0].shape[2]) == sides
     version = cache.version
     cache.fit(rows, tokens)
     assert cache.version == version

@@ -51,27 +51,27 @@ def made(free: float, **settings: object) -> plan.Plan:
 )
 def test_memory(free: float, settings: dict[str, int], level: Level, words: str):
     """It used to say "lower KV_CACHE_MB" where that was 0, and "raise" it where it was too high."""
-    found = doctor._judged("GPU memory", made(free, **settings))
+    found = doctor._verdict("GPU memory", made(free, **settings))
     assert found.level is level
     assert words in found.text
 
 
 def test_memory_that_the_service_itself_may_hold():
     """While it ran, or the one that it replaces, the doctor said that the weights do not fit."""
-    found = doctor._judged("GPU memory", made(400), made(8000))
+    found = doctor._verdict("GPU memory", made(400), made(8000))
     assert found.level is Level.WARN
     assert "7.4 GiB are in use, perhaps by this service: stop it" in found.text
 
 
 def test_memory_that_is_too_small_even_if_nobody_uses_it():
-    found = doctor._judged("GPU memory", made(100), made(500))
+    found = doctor._verdict("GPU memory", made(100), made(500))
     assert found.level is Level.FAIL
     assert "in use" not in found.text
 
 
 @pytest.mark.parametrize(("free", "level"), [(8, Level.OK), (3, Level.WARN), (1, Level.WARN)])
 def test_the_machines_memory_beside_a_gpu(free: int, level: Level):
-    found = doctor._host(load_settings({}), NEED, free * plan.GIB)
+    found = doctor._host(made(8000), free * plan.GIB)
     assert found.level is level
     assert ("QWENVL_MAX_CONCURRENCY=2 fits" in found.text) is (free == 3)
 
@@ -128,6 +128,16 @@ def test_a_configuration_that_lacks_something(tmp_path: Path):
     last = examine(model=str(directory))[-1]
     assert last.level is Level.FAIL
     assert "vision_config" in last.text
+
+
+def test_versions_of_a_wheel(monkeypatch, tmp_path: Path):
+    """What only traces need is not missing."""
+    needed = ["nowhere-1==2.0", 'nowhere-2==2.0; extra == "otel"']
+    monkeypatch.setattr(doctor, "_ROOT", tmp_path)
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: needed)
+    found = doctor._versions()
+    assert found.level is Level.WARN
+    assert "nowhere-1 is missing, tested with 2.0; pip" in found.text
 
 
 def test_versions_that_differ_are_named(monkeypatch):

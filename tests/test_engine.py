@@ -48,25 +48,38 @@ def wild(demo) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def asked(wild) -> list[Asked]:
-    """64 requests, and what ``generate`` answers."""
+    """24 requests, and what ``generate`` answers."""
     rng = random.Random(64)
-    requests = [random_request(rng) for _ in range(64)]
+    requests = [random_request(rng) for _ in range(24)]
     return [(each, generate(wild, each)) for each in requests]
 
 
+@pytest.fixture(scope="module")
+def more(wild, asked) -> list[Asked]:
+    """64."""
+    rng = random.Random(40)
+    return [*asked, *((each, generate(wild, each)) for each in map(random_request, [rng] * 40))]
+
+
 @pytest.mark.parametrize(
-    ("slots", "chunk", "prefix"),
+    ("whose", "slots", "chunk", "prefix"),
     [
-        (4, 7, 0),
-        (4, 1024, 2**27),
+        ("asked", 4, 7, 0),
+        ("asked", 4, 1024, 2**27),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((1, 1024, 0), (4, 1024, 0), (16, 1024, 0), (4, 64, 0), (16, 31, 2**20))
+            pytest.param("more", *case, marks=pytest.mark.slow)
+            for case in (
+                *((4, 7, 0), (4, 1024, 2**27), (1, 1024, 0), (4, 1024, 0), (16, 1024, 0)),
+                *((4, 64, 0), (16, 31, 2**20)),
+            )
         ),
     ],
 )
-def test_every_token_is_that_of_generate(wild, asked, slots: int, chunk: int, prefix: int):
+def test_every_token_is_that_of_generate(
+    wild, request, whose: str, slots: int, chunk: int, prefix: int
+):
     """Mixed sizes, prompts and lengths, joining and leaving at random steps."""
+    asked = request.getfixturevalue(whose)
     rng = random.Random(slots * chunk)
     again = asked[:12] if prefix else []
     with running(wild, slots=slots, prefill_chunk=chunk, prefix_cache_bytes=prefix) as engine:
@@ -98,7 +111,7 @@ def test_the_demo_model_with_all_its_ends(demo):
     rng = random.Random(3)
     with running(demo) as engine:
         pairs = []
-        for _ in range(24):
+        for _ in range(12):
             image, _scene = draw(rng, 100, 100)
             each = request(image, rng.choice(("描述一下这张图片。", "what shape is present?")))
             pairs.append((engine.submit(each), generate(demo, each)))
@@ -298,7 +311,7 @@ def test_numbers_that_are_not_finite_end_that_row_alone(wild, monkeypatch, asked
             request(Image.new("RGB", (64, 64)), max_new_tokens=40, ignore_eos=True, stream=True)
         )
         next(iter(victim))
-        row = engine._scheduler.rows.index(victim)
+        row = engine._scheduler.running.index(victim)
         with torch.inference_mode():
             for values in engine._executor.cache._values:
                 values[row].fill_(float("nan"))

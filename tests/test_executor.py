@@ -22,7 +22,7 @@ from qwenvl_app.engine import engine as engines
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.engine.inputs import Features, Inputs, Span
 from qwenvl_app.engine.kv_cache import SlotCache
-from qwenvl_app.engine.layout import Layout, State
+from qwenvl_app.engine.layout import Layout, StateShape
 from qwenvl_app.engine.recurrent import RecurrentCache
 from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.engine.sequence import Sequence
@@ -32,7 +32,7 @@ from tests.gpu.pretend import GPU, Gpus, pretend
 
 LAYERS = 2
 PLAIN = Layout(heads=1, head_dim=2, dtype=torch.float32, devices=(GPU,) * LAYERS)
-STATES = tuple(State(layer, (4, 4), (2, 8, 8), torch.float32, GPU) for layer in (0, 2))
+STATES = tuple(StateShape(layer, (4, 4), (2, 8, 8), torch.float32, GPU) for layer in (0, 2))
 RECURRENT = dataclasses.replace(PLAIN, states=STATES)
 TOKEN = PLAIN.token_bytes
 TOWER, FEATURES = 2 * TOKEN, TOKEN // 2  # of a patch
@@ -64,7 +64,7 @@ class Model:
 
     def __init__(self, layout: Layout, gpus: Gpus, *, compiled: bool):
         self.layout, self.compiled, self.gpus = layout, compiled, gpus
-        self.rows: list[Sequence] = []  # the scheduler's
+        self.running: list[Sequence] = []  # the scheduler's
         self.held: list[int] = []
         self.lost: list[str] = []
 
@@ -98,10 +98,10 @@ class Model:
 
     def _write(self, cache: SlotCache, row: int, start: int, ids: list[int]) -> None:
         """Into the first and the last tensor."""
-        prompt = min(start, self.rows[row].prompt_length)
+        prompt = min(start, self.running[row].prompt_length)
         for tensor in (cache._keys[0], cache._values[-1]):
             written = tensor.host[row, 0, :, 0]
-            if written[:prompt].tolist() != self.rows[row].inputs.ids[:prompt]:
+            if written[:prompt].tolist() != self.running[row].inputs.ids[:prompt]:
                 self.lost.append(f"of row {row}")
             written[start : start + len(ids)] = torch.tensor(ids, dtype=torch.float32)
 
@@ -111,7 +111,7 @@ class Harness:
 
     def __init__(self, engine: Engine, model: Model, gpus: Gpus):
         self.engine, self.model, self.gpus = engine, model, gpus
-        model.rows = engine._scheduler.rows
+        model.running = engine._scheduler.running
         self._number = 0
 
     def submit(self, prompt: int, limit: int, patches: int, key: bytes | None = None) -> Sequence:
@@ -172,7 +172,7 @@ def harness(monkeypatch, kind: str, tokens: int, slots: int, prefix: int = 0) ->
     config = GenerationConfig(eos_token_id=[])
     loaded = SimpleNamespace(
         model=SimpleNamespace(generation_config=config),
-        image_processor=SimpleNamespace(to_dict=dict),
+        patcher=SimpleNamespace(processor=SimpleNamespace(to_dict=dict)),
         tokenizer=None,
     )
     with pretend() as gpus, gpus.here():

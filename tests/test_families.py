@@ -156,7 +156,7 @@ def test_the_vision_tower_in_pieces_is_the_vision_tower(wild):
     theirs, spans = [], []
     for picture in pictures:
         resized = wild.patcher.resized(picture)
-        theirs.append(wild.image_processor(images=[resized], return_tensors="pt").pixel_values)
+        theirs.append(wild.patcher.processor(images=[resized], return_tensors="pt").pixel_values)
         spans += prepare(wild, request(picture, "x")).images
         spans[-1].pixels = wild.patcher.patches(picture)
     visual = wild.model.model.visual

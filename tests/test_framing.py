@@ -9,13 +9,13 @@ from gunicorn.config import Config
 from gunicorn.http import RequestParser
 from gunicorn.http.errors import ChunkMissingTerminator, NoMoreData, ParseException
 
-from qwenvl_app.server.framing import Incoming, Rules, State
+from qwenvl_app.server.framing import FramingLimits, Incoming, State
 from tests.framing import CASES, CHUNKED, Framing, chunked, chunks, form, get, length
 from tests.wire import GOOD
 
 LIMIT = 2**20
 CONFIG = Config()
-RULES = Rules(CONFIG, LIMIT)
+LIMITS = FramingLimits(CONFIG, LIMIT)
 
 
 def opinion(raw: bytes) -> int | str:
@@ -39,7 +39,7 @@ def opinion(raw: bytes) -> int | str:
 
 def detect(raw: bytes, cuts: list[int]) -> Incoming:
     """Feed ``raw`` cut at ``cuts``; what comes after the end is left over."""
-    incoming = Incoming(RULES)
+    incoming = Incoming(LIMITS)
     for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True):
         if incoming.feed(raw[start:end]) not in (State.HEAD, State.BODY):
             break
@@ -161,15 +161,25 @@ def test_a_client_that_waits_for_100_is_seen(value: bytes, expected: bool):
 
 def test_a_body_of_many_bytes_is_scanned_once():
     """A trickled chunk-size line or trailer must not be searched from its start every time."""
-    incoming = Incoming(RULES)
+
+    class Counting(bytearray):
+        searched = 0
+
+        def find(self, mark, start=0):
+            self.searched += len(self) - start
+            return super().find(mark, start)
+
+    incoming = Incoming(LIMITS)
+    incoming.buffer = buffer = Counting()
     incoming.feed(chunked(b"0\r\nA: "))
-    for _ in range(200_000):
+    for _ in range(20_000):
         assert incoming.feed(b"b") is State.BODY
+    assert 20_000 < buffer.searched < 10 * 20_000
 
 
 def test_what_is_refused_has_no_body():
     """It went past the bound on bodies in the pool, to the threads kept for health checks."""
-    incoming = Incoming(RULES)
+    incoming = Incoming(LIMITS)
     incoming.feed(chunked(b"5\r\nhello\r\n" * 3))
     assert incoming.feed(b"no size\r\n") is State.MALFORMED
     assert not incoming.has_body
@@ -182,14 +192,14 @@ def test_what_is_refused_has_no_body():
 def test_a_body_that_is_not_wanted_is_not_waited_for(framed: bytes):
     """Nor kept: the application gets the head. If all of it is here there is nothing to save."""
     asked = []
-    rules = Rules(CONFIG, LIMIT, lambda request: asked.append(request.path))
+    limits = FramingLimits(CONFIG, LIMIT, lambda request: asked.append(request.path))
     head_end = framed.index(b"\r\n\r\n") + 4
     for come in (head_end, head_end + 1, len(framed) - 1):
-        incoming = Incoming(rules)
+        incoming = Incoming(limits)
         assert incoming.feed(framed[:come]) is State.REFUSED
         assert b"".join(incoming.take()[0]) == framed[:head_end]
-    assert Incoming(rules).feed(framed) is State.WHOLE
-    assert Incoming(rules).feed(get()) is State.WHOLE
+    assert Incoming(limits).feed(framed) is State.WHOLE
+    assert Incoming(limits).feed(get()) is State.WHOLE
     assert len(asked) == 3
 
 
@@ -198,7 +208,7 @@ def test_limits_are_what_gunicorn_makes_of_them(setting: str):
     """0 is its largest, or its default; here it was a head of 4 bytes."""
     config = Config()
     config.set(setting, 0)
-    incoming = Incoming(Rules(config, LIMIT))
+    incoming = Incoming(FramingLimits(config, LIMIT))
     assert incoming.feed(get(*[b"A: " + b"b" * 1000] * 20)[:-4]) is State.HEAD
 
 
@@ -207,5 +217,26 @@ def test_whom_gunicorn_trusts_is_who_has_connected():
     config = Config()
     config.set("header_map", "refuse")
     for peer, state in ((("127.0.0.1", 1), State.BODY), (("10.0.0.1", 1), State.REFUSED)):
-        incoming = Incoming(Rules(config, LIMIT), peer)
+        incoming = Incoming(FramingLimits(config, LIMIT), peer)
         assert incoming.feed(form(b"Path_Info: x", CHUNKED, body=b"")) is state
+
+
+@pytest.mark.parametrize(
+    ("raw", "path"),
+    [
+        (b"GET /v1/models HTTP/1.1", "/v1/models"),
+        (b"\r\nGET /v1/models?a=b HTTP/1.1\r\n", "/v1/models"),
+        (b"GET /v1%2Fmodels HTTP/1.1", "/v1/models"),
+        (b"GET http://x/v1/models HTTP/1.1", "/v1/models"),
+        (b"GET /v1/models", ""),
+        (b"GET http://x", ""),
+        (b"/v1/models \r\n", ""),
+        (b"GET\r\n /v1/models \r\n", ""),
+        (b"GET /\xff HTTP/1.1", "/\xff"),
+        (b"", ""),
+    ],
+)
+def test_the_path_is_told_by_the_first_bytes(raw: bytes, path: str):
+    incoming = Incoming(LIMITS)
+    incoming.feed(raw)
+    assert incoming.asked.path == path

@@ -17,7 +17,7 @@ from tests.pictures import chunk, exif, jpeg_with, mode, packed_text, segment, s
 from tests.wire import BOUNDARY, END, GOOD, MULTIPART, PROMPT, ROUTE, part, picture
 
 SIZE = (24, 16)
-SLOW = 5  # seconds for one request of a picture as small as these
+SLOW = 5  # seconds of this thread's work for one request of a picture as small as these
 SEEDS = {
     **{
         name: picture(size=SIZE, file_format=name)
@@ -86,33 +86,35 @@ def mutate(rng: random.Random, seed: bytes) -> bytes:
 
 
 def attack(client: FlaskClient, backend: FakeBackend, body: bytes, kind: str = MULTIPART) -> int:
-    started = time.monotonic()
+    started = time.thread_time()
     response = client.post(ROUTE, data=body, content_type=kind)
     assert response.status_code in (200, 400, 413, 422), body
     assert response.headers["Content-Type"] == "application/json"
-    assert time.monotonic() - started < SLOW, body
+    assert time.thread_time() - started < SLOW, body
     backend.requests.clear()
     return response.status_code
 
 
+@pytest.mark.parametrize("count", [300, pytest.param(1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SEEDS)
-def test_mutated_pictures(name: str, client: FlaskClient, backend: FakeBackend):
+def test_mutated_pictures(name: str, count: int, client: FlaskClient, backend: FakeBackend):
     rng = random.Random(name)
     tail = PROMPT + END
     statuses = {
         attack(client, backend, part("image", mutate(rng, SEEDS[name]), "a", "image/png") + tail)
-        for _ in range(1500)
+        for _ in range(count)
     }
     assert statuses >= {200, 400}
     assert attack(client, backend, GOOD) == 200
 
 
-def test_mutated_forms(client: FlaskClient, backend: FakeBackend):
+@pytest.mark.parametrize("count", [1000, pytest.param(5000, marks=pytest.mark.slow)])
+def test_mutated_forms(count: int, client: FlaskClient, backend: FakeBackend):
     rng = random.Random(4)
     small = part("image", SEEDS["GIF"], "a.gif", "image/gif") + PROMPT + END
     tokens = [b"\r\n", b"\r", b"\n", b"--", b"\0", b'"', b";", b":", f"--{BOUNDARY}".encode(), END]
     statuses = set()
-    for _ in range(5000):
+    for _ in range(count):
         data = bytearray(mutate(rng, small) if rng.random() < 0.5 else small)
         for _ in range(rng.randint(1, 4)):
             at = rng.randrange(len(data) + 1)

@@ -87,7 +87,7 @@ def fits(text: str, schema: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))]
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
 )
 def test_every_answer_is_json_of_its_schema(engine, seed):
     """200 schemas in all, four answers at once. One that was cut says nothing; there are few."""
@@ -127,7 +127,7 @@ def test_who_has_no_constraint_gets_the_same_beside_those_that_have(engine):
     free = [
         random_request(rng, seed=number, max_new_tokens=24, **settings)
         for number, settings in enumerate(
-            [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8, "top_k": 20}] * 4
+            [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8, "top_k": 20}] * 2
         )
     ]
     bound = [
@@ -182,8 +182,10 @@ def check_calls(found: list[dict[str, Any]]) -> None:
 
 def test_calls_of_tools_are_in_the_template_s_form_and_fit_their_parameters(engine):
     names = set()
-    for seed in range(12):
-        text, reason = answer(engine.submit(asked(Constraint("tools", tools=TOOLS), seed=seed)))
+    constraint = Constraint("tools", tools=TOOLS)
+    sequences = [engine.submit(asked(constraint, seed=seed)) for seed in range(12)]
+    for sequence in sequences:
+        text, reason = answer(sequence)
         if reason is FinishReason.STOP:
             found = calls(text)
             check_calls(found)

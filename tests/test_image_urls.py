@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import logging
 import os
 import shutil
@@ -386,8 +387,8 @@ def test_pictures_and_body_have_one_limit(client, monkeypatch, host: ImageHost, 
     assert client.post(ROUTE, json=ask(f"{url}/noise")).status_code == 200
     message = refused(client.post(ROUTE, json=ask(f"{url}/noise?1", f"{url}/noise?2")), 413)
     assert message.startswith("messages.0.content.1.image_url")
-    asked = ask(f"{url}/noise") | {"user": "x" * 500_000}
-    refused(client.post(ROUTE, json=asked), 413)
+    asked = json.dumps(ask(f"{url}/noise")) + " " * 500_000
+    refused(client.post(ROUTE, data=asked, content_type="application/json"), 413)
 
 
 @pytest.mark.parametrize("path", image_host.TOO_SLOW)
@@ -484,6 +485,26 @@ def test_a_slow_host_holds_no_permit(make: Make, backend, reachable, host: Image
     for thread in slow:
         thread.join(20)
     assert len(backend.requests) == 1
+
+
+def test_who_fetches_counts_for_its_key(make: Make, reachable, host: ImageHost, url: str):
+    """One owner could fetch in all places at once, and so keep everybody else from fetching."""
+    client = make(f"{NAME}:{host.port}", api_keys=("a:one", "b:two"), max_requests_per_key=1)
+    headers = {"Authorization": "Bearer one"}
+    slow = threading.Thread(
+        target=client.post,
+        args=(ROUTE,),
+        kwargs={"json": ask(f"{url}/silence"), "headers": headers},
+    )
+    slow.start()
+    until(lambda: len(host.heads) == 1)
+    second = client.post(ROUTE, json=ask(f"{url}/a.png"), headers=headers)
+    assert (second.status_code, second.json["error"]["code"]) == (429, "key_limit")
+    assert host.accepted == 1
+    host.closing.set()
+    slow.join(20)
+    plain = {"messages": [{"role": "user", "content": "hello"}]}
+    assert client.post(ROUTE, json=plain, headers=headers).status_code == 200
 
 
 def test_who_fetches_has_threads_of_their_own():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -200,6 +202,22 @@ def test_loading_tells_how_far_it_is(caplog):
     assert len(tensors) > 50
     assert tensors[0].startswith("loading the weights: 0 of ")
     assert tensors[-1] == f"loading the weights: {len(tensors) - 1} of {len(tensors)} tensors"
+
+
+def test_what_is_no_checkpoint_is_told_before_the_libraries_are_imported():
+    """To import them takes seconds."""
+    code = (
+        "import os, sys, time\n"
+        "from qwenvl_app.backends.local import LocalBackend\n"
+        "from qwenvl_app.generation import Phase\n"
+        "from qwenvl_app.settings import load_settings\n"
+        "backend = LocalBackend(load_settings({}, model=os.devnull))\n"
+        "while backend.status().phase is Phase.LOADING:\n"
+        "    time.sleep(0.01)\n"
+        "assert backend.status().message.startswith('QWENVL_MODEL is a file')\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_load_is_told_in_the_status(monkeypatch):

@@ -125,6 +125,19 @@ def test_chat_answers_have_no_field_that_is_not_declared(client):
         chat_answers.ChatCompletionChunk.model_validate_json(chunk, extra="forbid")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_tools_are_declared(client, backend, stream: bool):
+    backend.pieces = ['<tool_call>\n{"name": "look", "arguments": {"at": 1}}', "\n</tool_call>"]
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    answer = client.post(CHAT, json=ASKED | {"tools": [tool], "stream": stream}, buffered=True)
+    assert '"tool_calls"' in answer.text and '"look"' in answer.text
+    if not stream:
+        chat_answers.ChatCompletion.model_validate(answer.json, extra="forbid")
+    else:
+        for chunk in events(answer)[:-1]:
+            chat_answers.ChatCompletionChunk.model_validate_json(chunk, extra="forbid")
+
+
 def test_what_is_got_has_no_field_that_is_not_declared(client):
     for path, model in (
         ("/v1/models", chat_answers.ModelList),

@@ -37,13 +37,10 @@ def published(
         "intermediate_size": 4304 if vision == 1152 else 4096,
     }
     with TemporaryDirectory() as folder:
-        tensors = {
-            "model.language_model.layers.0.all": ("BF16", [int(parameters) - 151936 * width]),
-            "embed_tokens.weight": ("BF16", [151936, width]),
-        }
-        files = write(Path(folder), config, tensors)
+        files = write(Path(folder), config)
         need = estimate(files, "bfloat16", 50e6, cpu=False, eager=eager)
-    return dataclasses.replace(need, layer=2 * 151936 * width, tokenizer=130 * MIB)
+    weights, layer = int(2 * parameters), 2 * 151936 * width
+    return dataclasses.replace(need, weights=weights, layer=layer, tokenizer=130 * MIB)
 
 
 M2 = published(2048, 28, 2.13e9, heads=16, vision=1024)

@@ -41,6 +41,7 @@ from transformers import AttentionInterface
 import qwenvl_app
 from qwenvl_app.engine.cpu import PackedLinear
 from qwenvl_app.engine.memory import place
+from qwenvl_app.engine.processors import processors
 from qwenvl_app.engine.runner import Runner
 from qwenvl_app.errors import is_out_of_memory
 from qwenvl_app.loading.load import load
@@ -113,6 +114,20 @@ def weights_are_packed() -> None:
         assert torch.allclose(PackedLinear(linear)(x), linear(x), atol=1e-5)
 
 
+def generate_makes_the_steps() -> None:
+    asked = {"repetition_penalty": 2.0, "min_new_tokens": 1, "do_sample": True, "top_k": 1}
+    made = processors(asked, [3], [0], torch.zeros(1, 5), own=[lambda _ids, scores: scores + 1])
+    names = [type(each).__name__ for each in made]
+    assert names == [
+        "RepetitionPenaltyLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "function",
+        "TopKLogitsWarper",
+    ]
+    scores = made(torch.tensor([[0]]), torch.tensor([[8.0, 5.0, 2.0, 9.0, 1.0]]))
+    assert scores[0].isfinite().tolist() == [False, True, False, False, False]
+
+
 def torch_compile_is_told() -> None:
     assert isinstance(torch._inductor.config.freezing, bool)
     x = torch.ones(2, 2)
@@ -131,17 +146,18 @@ PRIVATE: dict[str, Callable[[], None]] = {
     "_has_mkldnn": weights_are_packed,
     "_reorder_linear_weight": weights_are_packed,
     "_linear_pointwise": weights_are_packed,
+    "_get_logits_processor": generate_makes_the_steps,
     "_inductor": torch_compile_is_told,
     "_dynamo": torch_compile_is_told,
 }
 
 WORKER = "accept check_config finish_request get_thread_pool handle handle_error handle_quit"
-STATES = "get_conv_state get_recurrent_state is_recording_past reset update"
+STATES = "get_conv_state get_recurrent_state is_recording_past reset"
 OVERRIDDEN = {
     "server.worker.Worker": f"{WORKER} handle_request load_wsgi run",
     "web.responses.ContractJSON": "ensure_ascii response sort_keys",
-    "service.metrics._State": "collect",
-    "loading.hub._Anonymous": "get_session_id",
+    "service.metrics._Gauges": "collect",
+    "loading.modelscope._Anonymous": "get_session_id",
     "engine.kv_cache.SlotCache": "reset update",
     "engine.compiled._Cells": "update",
     "engine.recurrent.RecurrentCache": f"{STATES} update_conv_state update_recurrent_state",
@@ -266,7 +282,7 @@ def foreign_names() -> dict[str, str]:
                     used |= {alias.name: path.name for alias in names}
                 case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=name), *_]):
                     used[str(name)] = path.name
-    documented = {"_exit", "_replace"}  # of os; of a named tuple
+    documented = {"_exit", "_asdict", "_replace"}  # of os; of named tuples
     return {n: p for n, p in used.items() if is_private(n) and n not in ours | documented}
 
 
@@ -304,8 +320,8 @@ def test_what_we_override_is_still_theirs():
     [
         (gunicorn, "server.worker.Worker"),
         (flask, "web.responses.ContractJSON"),
-        (prometheus_client, "service.metrics._State"),
-        (modelscope_hub, "loading.hub._Anonymous"),
+        (prometheus_client, "service.metrics._Gauges"),
+        (modelscope_hub, "loading.modelscope._Anonymous"),
     ],
 )
 def test_what_we_override_is_called(library: ModuleType, kind: str):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from qwenvl_app.engine.kv_cache import BLOCK
-from qwenvl_app.engine.layout import Layout, State
+from qwenvl_app.engine.layout import Layout, StateShape
 from qwenvl_app.engine.recurrent import RecurrentCache
 
 CPU = torch.device("cpu")
 # Layers 0 and 2 are recurrent; layer 1 has keys and values.
-STATES = tuple(State(layer, (5, 4), (2, 3, 6), torch.float32, CPU) for layer in (0, 2))
+STATES = tuple(StateShape(layer, (5, 4), (2, 3, 6), torch.float32, CPU) for layer in (0, 2))
 LAYOUT = Layout(heads=2, head_dim=3, dtype=torch.float32, devices=(CPU,), states=STATES)
 A_ROW = 2 * 4 * (5 * 4 + 2 * 3 * 6)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from qwenvl_app.images.decode import decode_image
 from qwenvl_app.service.metrics import REASONS
 from qwenvl_app.testing import ScriptedBackend
 from tests.broken_upstream import SECRET, WAYS, BrokenUpstream
+from tests.image_host import certificate
 from tests.remote import fronted, served
 from tests.waiting import until
 from tests.wire import END, GOOD, MULTIPART, PROMPT, ROUTE, part, picture
@@ -214,6 +216,74 @@ def test_one_picture_one_upstream():
                 assert ask(app, file + PROMPT + END).status_code == 200
             asked = [len(each.requests) - n for each, n in zip(backends, before, strict=True)]
             assert sorted(asked) == [0, 0, 4]
+
+
+def test_a_favourite_that_is_overloaded_is_no_favourite():
+    """A quarter more than the mean, and the least busy one is asked."""
+    with (
+        served(ScriptedBackend("x")) as one,
+        served(ScriptedBackend("x")) as two,
+        fronted(one, two) as (_, backend),
+    ):
+        upstreams = backend.upstreams
+        favourite = upstreams.choose(b"picture", ())
+        other = next(each for each in upstreams.all if each is not favourite)
+        assert favourite
+        favourite.running = 1
+        assert upstreams.choose(b"picture", ()) is favourite
+        favourite.running = 20
+        assert upstreams.choose(b"picture", ()) is other
+        assert upstreams.choose(None, ()) is other
+        other.running = 20
+        assert upstreams.choose(b"picture", ()) is favourite
+        assert upstreams.choose(b"picture", [favourite]) is other
+        assert upstreams.choose(b"picture", [favourite, other]) is None
+
+
+def test_the_key_is_sent_and_never_told(caplog):
+    with served(ScriptedBackend("let in"), QWENVL_API_KEYS="sekret-key") as url:
+        with fronted(url, QWENVL_REMOTE_API_KEY="sekret-key") as (app, _):
+            assert ask(app).json["result"] == "let in"
+        with fronted(url, wait=False, QWENVL_REMOTE_API_KEY="sekret-other") as (app, backend):
+            until(lambda: backend.status().phase is Phase.FAILED)
+            told = app.test_client().get("/readyz").text + ask(app).text
+    assert "401" in told
+    assert "sekret" not in told + caplog.text
+
+
+def test_a_certificate_that_nobody_knows_is_not_believed(tmp_path: Path, monkeypatch):
+    """And one that the operator names is."""
+    cert, key = certificate(tmp_path, "localhost")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(cert, key)
+    with served(ScriptedBackend("in secret"), tls=context) as url:
+        address = url.replace("http://127.0.0.1", "https://localhost")
+        with fronted(address, wait=False) as (app, backend):
+            until(lambda: "SSLError" in backend.status().message)
+            assert ask(app).status_code == 503
+        monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+        with fronted(address) as (app, _):
+            assert ask(app).json["result"] == "in secret"
+
+
+def test_the_environments_proxies_are_not_used(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with served(ScriptedBackend("straight")) as url, fronted(url) as (app, _):
+        assert ask(app).json["result"] == "straight"
+
+
+def test_closing_ends_what_is_under_way():
+    """At once: an upstream that says nothing holds nobody."""
+    with BrokenUpstream(WAYS["never a byte"].act) as upstream, fronted(upstream.url) as (app, back):
+        answers: list[int] = []
+        thread = threading.Thread(target=lambda: answers.append(ask(app).status_code))
+        thread.start()
+        until(lambda: upstream.asked)
+        back.close()
+        thread.join()
+        assert answers == [503]
+        assert ask(app).status_code == 503
 
 
 def test_the_service_starts_without_torch():

@@ -252,9 +252,10 @@ def test_the_checkpoint_decides_what_the_request_leaves_open():
     assert tokens(SamplingParams(temperature=1.0, top_k=2)) == {1, 2}
     greedy = Sampler(SamplingParams(), GenerationConfig(), [0], CPU)
     assert greedy.rng is None
-    assert not greedy.processors
+    scores = logits[None]
+    assert greedy.process(scores) is scores
     penalised = SamplingParams(repetition_penalty=1.1)
-    assert Sampler(penalised, GenerationConfig(), [0], CPU).processors
+    assert Sampler(penalised, GenerationConfig(), [1], CPU).process(scores)[0, 1] < scores[0, 1]
 
 
 def test_presence_and_frequency_count_the_answer_only():
@@ -300,7 +301,8 @@ def test_default_config_of_the_big_model_samples():
     config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
     sampler = Sampler(SamplingParams(), config, [0], CPU)
     assert sampler.rng.rules == (0.7, 20, 0.8, 0.0)
-    assert not sampler.processors
+    scores = torch.zeros(1, 4)
+    assert sampler.process(scores) is scores
 
 
 def tokens_of(tokenizer, text: str) -> list[int]:

@@ -35,10 +35,11 @@ def build(folder: Path) -> Path:
 
 
 def test_every_package_is_named():
-    """pyproject.toml lists them, since config/ lies beside the others."""
+    """pyproject.toml lists them, since config/ and the samples lie beside the others."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {str(path.parent.relative_to(ROOT)) for path in ROOT.glob("qwenvl_app/**/__init__.py")}
-    assert set(listed) == {name.replace("/", ".") for name in found} | {"qwenvl_app.config"}
+    beside = {"qwenvl_app.config", "qwenvl_app.web.samples"}
+    assert set(listed) == {name.replace("/", ".") for name in found} | beside
 
 
 @pytest.mark.slow
@@ -66,6 +67,8 @@ def test_it_answers_from_an_empty_environment(tmp_path: Path):
     try:
         until(lambda: send(port, "GET", "/readyz").status == 200, 120)
         assert post(port, GOOD).body == b'{"status":"success","result":"circle"}'
+        for path in ("/", "/static/page.js", "/samples/red-circle.png", "/docs", "/openapi.json"):
+            assert send(port, "GET", path).status in (200, 308), path
     finally:
         process.terminate()
         assert process.wait(30) == 0

@@ -12,9 +12,10 @@ T = TypeVar("T")
 def until(condition: Callable[[], T], seconds: float = 20, said: Callable[[], Any] = str) -> T:
     """What ``condition`` returns, once that is true; else AssertionError with ``said()``.
 
-    An OSError counts as not yet: nothing listens, or a process in /proc is not there.
+    An OSError counts as not yet: nothing listens, or a process in /proc is not there. It is asked
+    less and less often, so that it takes no time from what it waits for.
     """
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, 0.001
     while True:
         try:
             if result := condition():
@@ -22,4 +23,5 @@ def until(condition: Callable[[], T], seconds: float = 20, said: Callable[[], An
         except OSError:
             pass
         assert time.monotonic() < deadline, said()
-        time.sleep(0.001)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)

@@ -41,6 +41,11 @@ class Exchange:
         """Seconds, at least a moment."""
         return max(0.01, self.ends - time.monotonic())
 
+    @property
+    def patience(self) -> float:
+        """Time-out of a socket: whoever aborts the exchange is to come first."""
+        return self.left + 1
+
     def send(
         self,
         pool: HTTPConnectionPool,
@@ -59,7 +64,7 @@ class Exchange:
                 headers=headers,
                 retries=False,
                 redirect=False,
-                timeout=Timeout(connect=min(CONNECT_S, self.left), read=self.left),
+                timeout=Timeout(connect=min(CONNECT_S, self.left), read=self.patience),
                 preload_content=False,
                 decode_content=False,
             )
@@ -114,8 +119,8 @@ class _Abortable(HTTPConnection):
         exchange: Exchange | None = getattr(_current, "exchange", None)
         if exchange:
             # Or a large body had to be sent within the time for connecting.
-            self.timeout = exchange.left
-            self.sock.settimeout(exchange.left)
+            self.timeout = exchange.patience
+            self.sock.settimeout(exchange.patience)
             self._cuttable = self.sock
             exchange.use(self)
 

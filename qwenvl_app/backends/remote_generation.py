@@ -94,6 +94,8 @@ class RemoteGeneration:
                     return
                 if self._stopped:
                     raise self._stopped from None
+                if time.monotonic() >= self._ends:  # while it connected
+                    raise DeadlineExceeded from None
                 upstream.failed(failure)
                 log.warning("upstream %s: %s (request %s)", upstream.name, failure, self._id)
                 error = failure

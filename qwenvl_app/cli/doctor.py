@@ -69,8 +69,12 @@ def examine(settings: Settings, bind: str) -> Iterator[Finding]:
 
 def _versions() -> Finding:
     file = _ROOT / "requirements.txt"  # of a checkout; a wheel has the same in its metadata
-    text = file.read_text() if file.is_file() else "\n".join(metadata.requires("qwenvl") or ())
-    pinned = re.findall(r"^([a-z-]+)==(\S+)", text, re.MULTILINE)
+    if file.is_file():
+        text = file.read_text()
+    else:
+        needed = metadata.requires("qwenvl") or ()
+        text = "\n".join(each for each in needed if "extra ==" not in each)
+    pinned = re.findall(r"^([a-z0-9-]+)==(\S+)", text, re.MULTILINE)
     other = []
     for name, expected in pinned:
         try:
@@ -115,7 +119,7 @@ def _memory(settings: Settings, need: footprint.Footprint) -> Iterator[Finding]:
     host = memory.free_memory(torch.device("cpu"))
     if not gpus:
         made = plan.make(need, settings, plan.Memory([host], cpu=True))
-        yield _judged("memory", made)
+        yield _verdict("memory", made)
         if not made.problem:
             idle = psutil.Process().memory_info().rss
             idle += plan.LIBRARIES + need.tokenizer + need.weights
@@ -129,11 +133,11 @@ def _memory(settings: Settings, need: footprint.Footprint) -> Iterator[Finding]:
         plan.make(need, settings, plan.Memory(each, cpu=False, host=spare))
         for each in (free, total)
     )
-    yield _judged("GPU memory", now, empty)
-    yield _host(settings, need, host)
+    yield _verdict("GPU memory", now, empty)
+    yield _host(now, host)
 
 
-def _judged(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = None) -> Finding:
+def _verdict(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = None) -> Finding:
     """What the plan comes to; ``empty`` is the one for a device that nobody uses."""
     level = Level.FAIL if made.problem else Level.WARN if made.tight else Level.OK
     if made.offloaded:
@@ -145,14 +149,14 @@ def _judged(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = N
     return Finding(level, about, str(made))
 
 
-def _host(settings: Settings, need: footprint.Footprint, host: int) -> Finding:
+def _host(made: plan.MemoryPlan, host: int) -> Finding:
     """The machine's memory beside GPUs."""
-    each = plan.picture(need, settings)
-    wanted = _BASE + need.tokenizer + settings.max_concurrency * each
+    fixed = _BASE + made.need.tokenizer
+    wanted = fixed + made.settings.max_concurrency * made.picture
     text = f"{plan.gib(host)} free, up to {plan.gib(wanted)} wanted for libraries and pictures"
     if host >= wanted:
         return Finding(Level.OK, "host memory", text)
-    fewer = max(0, host - _BASE - need.tokenizer) // each
+    fewer = max(0, host - fixed) // made.picture
     fits = f"QWENVL_MAX_CONCURRENCY={fewer} fits; or " if fewer else ""
     return Finding(Level.WARN, "host memory", f"{text}; {fits}lower QWENVL_MAX_IMAGE_MEGAPIXELS")
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qwenvl_app import process
-from qwenvl_app.engine.kv_cache import FEWEST_ROWS, SlotCache, power_of_two
+from qwenvl_app.engine.kv_cache import FEWEST_SLOTS, SlotCache, power_of_two
 from qwenvl_app.errors import ModelLoadError
 
 Step = Callable[..., torch.Tensor]
@@ -52,16 +52,16 @@ class CompiledDecode:
         self._compiled = False
         self._version = -1  # of the cache whose addresses are in the graphs
 
-    def takes(self, cache: SlotCache, rows: int) -> bool:
+    def fits(self, cache: SlotCache, rows: int) -> bool:
         """Whether there is room in ``cache`` for a call of ``rows``, padded."""
-        return power_of_two(rows, FEWEST_ROWS) <= cache.rows
+        return power_of_two(rows, FEWEST_SLOTS) <= cache.slots
 
     def __call__(
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
-        """One token for each of the rows 0 to n; logits (n, vocabulary), until the next call."""
+        """One token for each of the slots 0 to n; logits (n, vocabulary), until the next call."""
         count = len(ids)
-        padding = [0] * (power_of_two(count, FEWEST_ROWS) - count)
+        padding = [0] * (power_of_two(count, FEWEST_SLOTS) - count)
         inputs = torch.tensor([each + padding for each in (ids, positions, starts)])
         inputs = inputs.to(cache.layout.devices[0])
         if cache.version != self._version:
@@ -120,7 +120,7 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 class _Cells(Cache):
-    """The rows of a ``SlotCache`` in one compiled call: writes one column of each."""
+    """The slots of a ``SlotCache`` in one compiled call: writes one column of each."""
 
     def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor):
         super().__init__(layers=[])

@@ -54,7 +54,7 @@ class Detokenizer:
 
     What a model reasons before it answers is no part of it: all up to ``reasoning.end``, if the
     prompt opened the reasoning or the first token does. Elsewhere these tokens are text as any
-    other. ``take_reasoning`` has them, without the white space around.
+    other. ``pop_reasoning`` has them, without the white space around.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reasoning: Reasoning | None = None):
@@ -74,10 +74,10 @@ class Detokenizer:
         self._think([], last=True)
         return self._trim(self._answer.push([], last=True))
 
-    def take_reasoning(self) -> str:
+    def pop_reasoning(self) -> str:
         """Text of the reasoning that became certain since the last call."""
-        taken, self._reasoning = self._reasoning, ""
-        return taken
+        popped, self._reasoning = self._reasoning, ""
+        return popped
 
     def _split(self, ids: list[int]) -> int:
         """How many of ``ids`` are the reasoning's, its marks included."""

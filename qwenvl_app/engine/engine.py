@@ -49,7 +49,7 @@ class EngineOptions:
 
 
 class Engine:
-    """Continuous batching over the rows of one KV cache.
+    """Continuous batching over the slots of one KV cache.
 
     ``submit`` and ``close`` may be called on any thread; everything else is the engine's own.
     """
@@ -64,7 +64,7 @@ class Engine:
                 f"the KV cache has room for {self._budget} tokens only: free memory, or set "
                 "QWENVL_KV_CACHE_MB"
             )
-        self._scheduler: Scheduler[Sequence] = Scheduler(
+        self._scheduler = Scheduler(
             options.slots,
             self._budget,
             options.prefill_chunk,
@@ -89,7 +89,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Sequences that hold a slot; those that are free are ``slots`` less this."""
-        return len(self._scheduler.rows)
+        return len(self._scheduler.running)
 
     @property
     def waiting(self) -> int:
@@ -109,7 +109,7 @@ class Engine:
             running=self.running,
             waiting=self.waiting,
             steps=self.steps,
-            kv_tokens=sum(sequence.computed for sequence in list(self._scheduler.rows)),
+            kv_tokens=sum(sequence.computed for sequence in list(self._scheduler.running)),
             kv_budget_tokens=self._budget,
             kv_bytes=self.cache_bytes,
             kv_budget_bytes=layout.bytes(self._budget, self._options.slots),
@@ -154,15 +154,15 @@ class Engine:
         finally:
             refusal = InternalError(FAILED) if self.failure else Unavailable.stopping()
             self._inbox.close(refusal)
-            self._scheduler.waiting.extend(self._inbox.take(wait=False))
-            for sequence in [*self._scheduler.waiting, *self._scheduler.rows]:
+            self._scheduler.waiting.extend(self._inbox.collect(wait=False))
+            for sequence in [*self._scheduler.waiting, *self._scheduler.running]:
                 self._scheduler.remove(sequence)
                 sequence.finish(refusal)
 
     def _wait(self) -> bool:
         """Wait for something to do; False when there will be nothing any more."""
-        idle = not (self._scheduler.rows or self._scheduler.waiting or self.failure)
-        self._scheduler.waiting.extend(self._inbox.take(wait=idle))
+        idle = not (self._scheduler.running or self._scheduler.waiting or self.failure)
+        self._scheduler.waiting.extend(self._inbox.collect(wait=idle))
         return not (self._inbox.closed or self.failure)
 
     def step(self) -> None:
@@ -170,40 +170,40 @@ class Engine:
         self.steps += 1
         self.step_began = time.monotonic()
         try:
-            rows, executor = self._scheduler.rows, self._executor
-            self._post_process(executor.prefill(self._schedule(), rows))
-            self._post_process(executor.decode(self._scheduler.complete(), rows))
-            executor.shrink(rows)
+            running, executor = self._scheduler.running, self._executor
+            self._post_process(executor.prefill(self._schedule(), running))
+            self._post_process(executor.decode(self._scheduler.complete(), running))
+            executor.shrink(running)
         except Exception as error:
             self._fail(error)
         finally:
             self.step_began = None
 
-    def _schedule(self) -> Step[Sequence]:
+    def _schedule(self) -> Step:
         now = time.monotonic()
-        for sequence in [*self._scheduler.rows, *self._scheduler.waiting]:
+        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             if sequence.cancelled:
                 self._end(sequence, FinishReason.CANCELLED)
             elif sequence.deadline is not None and now >= sequence.deadline:
                 self._end(sequence, DeadlineExceeded())
-        for sequence in self._scheduler.admit():
+        for sequence in self._scheduler.fill_slots():
             sequence.start()
             self._intake.look_again(sequence)
-        self._executor.restore_prefixes(self._scheduler.rows)
+        self._executor.restore_prefixes(self._scheduler.running)
         return self._scheduler.next_step()
 
     def _post_process(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             sequence = outcome.sequence
             try:
-                end = self._take(outcome)
+                end = self._add_token(outcome)
             except Exception:
                 log.exception("post-processing failed (request %s)", sequence.request_id)
                 end = InternalError(FAILED)
             if end is not None:
                 self._end(sequence, end)
 
-    def _take(self, outcome: Outcome) -> FinishReason | ServiceError | None:
+    def _add_token(self, outcome: Outcome) -> FinishReason | ServiceError | None:
         """Add a token to its sequence; how that ends, if it does."""
         sequence = outcome.sequence
         if isinstance(outcome.token, ServiceError):
@@ -213,7 +213,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, how: FinishReason | ServiceError) -> None:
         if sequence.continues and isinstance(how, FinishReason):  # before the next turn can come
-            self._executor.keep(sequence, self._scheduler.rows)
+            self._executor.keep(sequence, self._scheduler.running)
         moved = self._scheduler.remove(sequence)
         sequence.finish(how)
         if isinstance(how, FinishReason) and how is not FinishReason.CANCELLED:
@@ -222,12 +222,12 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         """End what runs, and go on with an empty cache, unless that is no use any more."""
-        ids = ", ".join(sequence.request_id for sequence in self._scheduler.rows)
+        ids = ", ".join(sequence.request_id for sequence in self._scheduler.running)
         log.exception("a step failed, and the requests in it end: %s", ids)
         exhausted = is_out_of_memory(error)
         # A CUDA error stays with the process: everything after it fails too. Not so want of memory.
         fatal = isinstance(error, torch.AcceleratorError) and not exhausted
-        for sequence in list(self._scheduler.rows):
+        for sequence in list(self._scheduler.running):
             self._scheduler.remove(sequence)
             sequence.finish(Unavailable.exhausted() if exhausted else InternalError(FAILED))
         self._failures += not exhausted

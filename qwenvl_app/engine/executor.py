@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
 class Executor:
     """Carries out steps; decides nothing. Used by the engine's thread alone.
 
-    ``rows`` is always the scheduler's list: row ``i`` of the cache belongs to ``rows[i]``.
+    ``running`` is always the scheduler's list: ``running[i]`` has slot ``i`` of the cache.
     ``budget`` is the scheduler's, in tokens, and ``limit`` how many of them are the cache's now.
     """
 
@@ -52,38 +52,40 @@ class Executor:
         self.cache.reset()
         self._pass, self._images = None, []
 
-    def shrink(self, rows: list[Sequence]) -> None:
+    def shrink(self, running: list[Sequence]) -> None:
         """Give memory back that nobody needs any more."""
-        self._fit([row.computed for row in rows])
+        self._fit([each.computed for each in running])
 
     def remove(self, sequence: Sequence, moved: tuple[int, int] | None) -> None:
-        """``sequence`` has left; for that a row has ``moved``, (from, to)."""
+        """``sequence`` has left; for that a slot has ``moved``, (from, to)."""
         if any(image in self._images for image in sequence.inputs.images):
             self._pass, self._images = None, []  # the others start again: ``Scheduler.remove``
         if moved:
             self.cache.move(*moved)
 
-    def restore_prefixes(self, rows: list[Sequence]) -> None:
-        """Begin rows whose prompts begin as earlier ones did with what was kept of those."""
-        found = [(row, seq, seq.prefix) for row, seq in enumerate(rows) if seq.prefix]
+    def restore_prefixes(self, running: list[Sequence]) -> None:
+        """Begin slots whose prompts begin as earlier ones did with what was kept of those."""
+        found = [(slot, seq, seq.prefix) for slot, seq in enumerate(running) if seq.prefix]
         if not found:
             return
-        self._fit([row.prefix.length if row.prefix else row.computed for row in rows])
-        for row, sequence, prefix in found:
+        self._fit([seq.prefix.length if seq.prefix else seq.computed for seq in running])
+        for slot, sequence, prefix in found:
             for segment in prefix.last.chain():
-                self.cache.restore(row, segment.layers, segment.start, prefix.length)
+                self.cache.restore(slot, segment.layers, segment.start, prefix.length)
             sequence.computed = sequence.cached = prefix.length
             sequence.prefix = None
 
-    def prefill(self, step: Step[Sequence], rows: list[Sequence]) -> list[Outcome]:
+    def prefill(self, step: Step, running: list[Sequence]) -> list[Outcome]:
         """A step's pictures and prompts: what became of each whose prompt is complete now."""
         if step.vision:
-            self._fit([row.computed for row in rows])  # what the tower takes is given back first
+            self._fit(
+                [each.computed for each in running]
+            )  # what the tower takes is given back first
             self._see(step.vision)
         widths = {id(sequence): width for sequence, width in step.prefill}
-        ends = [row.computed + widths.get(id(row), 0) for row in rows]
+        ends = [each.computed + widths.get(id(each), 0) for each in running]
         # Then all are in the decode call, and get a token there or what is written over.
-        decodes = any(end >= row.prompt_length for row, end in zip(rows, ends, strict=True))
+        decodes = any(end >= s.prompt_length for s, end in zip(running, ends, strict=True))
         self._fit([end + decodes for end in ends])
         if not step.prefill:
             return []
@@ -91,47 +93,47 @@ class Executor:
         logits = self.runner.prefill(
             self.cache,
             sequences,
-            [rows.index(sequence) for sequence in sequences],
+            [running.index(sequence) for sequence in sequences],
             [width for _, width in step.prefill],
         )
         for sequence, width in step.prefill:
             sequence.computed += width
-        outcomes = self._pick(sequences, logits, rows)
+        outcomes = self._pick(sequences, logits, running)
         failed = [end.sequence for end in outcomes if isinstance(end.token, ServiceError)]
         for sequence in sequences:
             if sequence not in failed:
-                self._release_features(sequence, rows)
+                self._release_features(sequence, running)
         return outcomes
 
-    def decode(self, sequences: list[Sequence], rows: list[Sequence]) -> list[Outcome]:
+    def decode(self, sequences: list[Sequence], running: list[Sequence]) -> list[Outcome]:
         """One more token for each of ``sequences``, whose prompts are complete."""
         if not sequences:
             return []
-        # All rows, so that they are one slice of the cache; also those being prefilled.
-        others = [number for number, row in enumerate(rows) if row not in sequences]
+        # All slots, so that they are one slice of the cache; also those being prefilled.
+        others = [slot for slot, each in enumerate(running) if each not in sequences]
         with self.cache.kept(others):
             logits = self.runner.decode(
                 self.cache,
-                [row.tokens[-1] if row.tokens else 0 for row in rows],
-                [row.position for row in rows],
-                [row.computed for row in rows],
+                [each.tokens[-1] if each.tokens else 0 for each in running],
+                [each.position for each in running],
+                [each.computed for each in running],
             )
         for sequence in sequences:
             sequence.computed += 1
-        if len(sequences) < len(rows):  # one by one: a list of indices would be copied to a GPU
-            logits = torch.stack([logits[rows.index(sequence)] for sequence in sequences])
-        return self._pick(sequences, logits, rows)
+        if len(sequences) < len(running):  # one by one: a list of indices would be copied to a GPU
+            logits = torch.stack([logits[running.index(sequence)] for sequence in sequences])
+        return self._pick(sequences, logits, running)
 
     def _fit(self, ends: list[int]) -> None:
-        """Room for rows that end there, within what the scheduler leaves for it."""
-        rows = max((row for row, end in enumerate(ends, 1) if end), default=0)
+        """Room for slots that end there, within what the scheduler leaves for it."""
+        slots = max((slot for slot, end in enumerate(ends, 1) if end), default=0)
         length, most = max(ends, default=0), self._limit()
         try:
-            self.cache.fit(rows, length, most)
+            self.cache.fit(slots, length, most)
         except Exception as error:
             if not self._gives_way(error):
                 raise
-            self.cache.fit(rows, length, most)
+            self.cache.fit(slots, length, most)
 
     def _gives_way(self, error: Exception) -> bool:
         """Whether ``error`` is about memory and kept prompts could be dropped for it."""
@@ -142,7 +144,7 @@ class Executor:
         )
         return True
 
-    def _see(self, vision: Vision[Sequence]) -> None:
+    def _see(self, vision: Vision) -> None:
         if vision.first == 0:
             self._images = [image for sequence in vision.jobs for image in sequence.unseen]
             self._pass = self.runner.begin_vision(self._images)
@@ -152,21 +154,21 @@ class Executor:
                 image.features, image.pixels = made, None
             self._pass, self._images = None, []
 
-    def _release_features(self, sequence: Sequence, rows: list[Sequence]) -> None:
+    def _release_features(self, sequence: Sequence, running: list[Sequence]) -> None:
         """Of pictures that are in the cache now; with the last one, what there is is kept."""
         read = [i for i in sequence.images if i.features and i.tokens.stop <= sequence.computed]
         for image in read:
             image.features = None
         if read and sequence.computed >= sequence.inputs.images_end:
-            self._keep(sequence, rows.index(sequence), sequence.inputs.images_end)
+            self._keep(sequence, running.index(sequence), sequence.inputs.images_end)
 
-    def keep(self, sequence: Sequence, rows: list[Sequence]) -> None:
+    def keep(self, sequence: Sequence, running: list[Sequence]) -> None:
         """``sequence`` is about to leave: keep prompt and answer for whoever goes on from them."""
-        if sequence in rows and sequence.computed >= sequence.prompt_length:
-            self._keep(sequence, rows.index(sequence), sequence.computed)
+        if sequence in running and sequence.computed >= sequence.prompt_length:
+            self._keep(sequence, running.index(sequence), sequence.computed)
 
-    def _keep(self, sequence: Sequence, row: int, length: int) -> None:
-        """A row's first tokens, if there is memory for it: no answer depends on that."""
+    def _keep(self, sequence: Sequence, slot: int, length: int) -> None:
+        """A slot's first tokens, if there is memory for it: no answer depends on that."""
         if sequence.prefix_key is None:
             return
         text = sequence.inputs.text(sequence.tokens).first(length)
@@ -177,7 +179,7 @@ class Executor:
         ):
             return
         try:
-            self.prefixes.put(Segment(text, self.cache.save(row, length, start), base))
+            self.prefixes.put(Segment(text, self.cache.save(slot, length, start), base))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -186,7 +188,7 @@ class Executor:
             self.prefixes.clear()
 
     def _pick(
-        self, sequences: list[Sequence], logits: torch.Tensor, rows: list[Sequence]
+        self, sequences: list[Sequence], logits: torch.Tensor, running: list[Sequence]
     ) -> list[Outcome]:
         """The next token of each sequence whose prompt is complete, or why there is none."""
         ready = [sequence.computed >= sequence.prompt_length for sequence in sequences]
@@ -198,12 +200,12 @@ class Executor:
         outcomes: list[Outcome] = []
         for (sequence, is_ready), token, score in zip(each, tokens, found, strict=True):
             if isinstance(token, ServiceError):
-                self.cache.clear(rows.index(sequence))
+                self.cache.clear(running.index(sequence))
                 outcomes.append(Outcome(sequence, token))
             elif isinstance(token, Exception):
                 raised = token if token.__traceback__ else None
                 log.error("%s (request %s)", token, sequence.request_id, exc_info=raised)
-                self.cache.clear(rows.index(sequence))
+                self.cache.clear(running.index(sequence))
                 outcomes.append(Outcome(sequence, InternalError(FAILED)))
             elif is_ready:
                 outcomes.append(Outcome(sequence, token, score))

@@ -38,14 +38,14 @@ class Inbox:
             self._sequences.append(sequence)
             self._changed.notify()
 
-    def take(self, *, wait: bool) -> list[Sequence]:
+    def collect(self, *, wait: bool) -> list[Sequence]:
         """All that came; ``wait`` until there is one, or it is closed."""
         with self._changed:
             while wait and not self._sequences and not self._refusal:
                 self._changed.wait()
-            taken = list(self._sequences)
+            collected = list(self._sequences)
             self._sequences.clear()
-            return taken
+            return collected
 
     def close(self, refusal: ServiceError) -> None:
         """Who comes from now on gets ``refusal``."""

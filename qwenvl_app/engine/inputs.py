@@ -54,13 +54,17 @@ class Span:
 
 @dataclass
 class Inputs:
-    """A prompt: its ids, their positions, and the pictures in it, in order."""
+    """A prompt: its ids, their positions, and the pictures in it, in order.
+
+    ``prefix_key``: equal for those that begin alike, up to the last picture; None if nothing is
+    shared. ``boundary``: tokens at which a step of its prefill has to end, if it comes by there.
+    """
 
     ids: list[int]
     positions: torch.Tensor  # (3, tokens): temporal, vertical, horizontal
     images: list[Span] = field(default_factory=list)
-    prefix_key: bytes | None = None  # see ``scheduler.Job``
-    boundary: int = 0  # see ``scheduler.Job``
+    prefix_key: bytes | None = None
+    boundary: int = 0
     reasoning: Reasoning | None = None  # see ``Prompt``
 
     @property

@@ -25,14 +25,14 @@ class Intake:
         self,
         loaded: LoadedModel,
         runner: Runner,
-        scheduler: Scheduler[Sequence],
+        scheduler: Scheduler,
         prefixes: PrefixCache,
         max_new_tokens: int,
     ):
         self._loaded, self._runner = loaded, runner
         self._scheduler, self._prefixes = scheduler, prefixes
         self._most = max_new_tokens
-        self._salt = repr(sorted(loaded.image_processor.to_dict().items()))
+        self._salt = repr(sorted(loaded.patcher.processor.to_dict().items()))
         self._texts = TokenTexts(loaded.tokenizer)
         ends = loaded.model.generation_config.eos_token_id
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])

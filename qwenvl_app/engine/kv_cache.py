@@ -1,8 +1,8 @@
-"""The KV cache: one row a sequence, behind transformers' ``Cache`` interface.
+"""The KV cache: one slot a sequence, behind transformers' ``Cache`` interface.
 
 The stock attention code hands over the new keys and values and gets back what to attend to. Here
-each row is written at its own position, so rows of different lengths share one call; which columns
-a row may look at is said by the 4-D mask that ``begin`` returns.
+each row of a call is written to its slot at its own position, so rows of different lengths share
+one call; which columns a row may look at is said by the 4-D mask that ``begin`` returns.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transformers import Cache
 
 from qwenvl_app.engine.layout import Layout
 
-Box = tuple[slice, slice, slice]  # rows, heads, tokens
+Box = tuple[slice, slice, slice]  # slots, heads, tokens
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each
 
-BLOCK = 128  # tokens; rows grow by so many at a time
-FEWEST_ROWS = 2  # of a roomy cache: torch.compile would make a special case of one
-FLOOR = 4 * BLOCK  # tokens in all rows that are not worth giving back
+BLOCK = 128  # tokens; slots grow by so many at a time
+FEWEST_SLOTS = 2  # of a roomy cache: torch.compile would make a special case of one
+FLOOR = 4 * BLOCK  # tokens in all slots that are not worth giving back
 UNBOUNDED = 2**62
 
 
@@ -32,14 +32,14 @@ def power_of_two(number: int, least: int = 1) -> int:
 
 
 class SlotCache(Cache):
-    """Keys and values of all rows: for each layer two tensors (rows, heads, length, head_dim).
+    """Keys and values of all slots: for each layer two tensors (slots, heads, length, head_dim).
 
     Memory follows the tokens that live: the rectangle grows in blocks and shrinks when it is much
     too large, or larger than it may be. While it does either, one tensor of one layer is there
     twice, which is no part of a budget in tokens (``Footprint.token`` counts it). Used by
     the engine's thread alone.
 
-    ``roomy``, in tokens: the rectangle's sides are powers of two (rows, blocks) as long as it is
+    ``roomy``, in tokens: the rectangle's sides are powers of two (slots, blocks) as long as it is
     no larger than that, and it is kept while it is no larger than a quarter of it. ``version``
     changes with the tensors' addresses. Both are for ``CompiledDecode``.
     """
@@ -49,11 +49,12 @@ class SlotCache(Cache):
         self.layout = layout
         self._roomy, self._floor = roomy, max(FLOOR, roomy // 4)
         self.version = 0
+        self._places = {layer: place for place, layer in enumerate(layout.attending)}
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         self._allocate(0, 0)
         # Of the call that is under way:
-        self._rows: list[int] = []
+        self._slots: list[int] = []
         self._starts: list[int] = []
         self._widths: list[int] = []
         self._indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -64,88 +65,88 @@ class SlotCache(Cache):
     @property
     def bytes(self) -> int:
         """Memory that is held."""
-        return sum(t.numel() * t.element_size() for t in [*self._keys, *self._values])
+        return sum(tensor.nbytes for tensor in self._tensors())
 
-    def fit(self, rows: int, length: int, most: int = UNBOUNDED) -> None:
-        """Make room for so many rows of so many tokens; give room back that is far too much.
+    def fit(self, slots: int, length: int, most: int = UNBOUNDED) -> None:
+        """Make room for so many slots of so many tokens; give room back that is far too much.
 
-        What lies outside of that is lost: ``rows`` and ``length`` are of all that live. ``most``:
+        What lies outside of that is lost: ``slots`` and ``length`` are of all that live. ``most``:
         the tokens that there may be in all, those included that nobody needs, or not yet.
         """
         # Of the tensor that is changed last: where memory ran out, the same call goes on.
-        rows_now, _, length_now, _ = self._values[-1].shape
-        held = rows_now * length_now
-        too_small = rows > rows_now or length > length_now
-        rows, length = self._sides(rows, length, most)
-        far_too_much = held > self._floor and 4 * rows * length <= held
+        slots_now, _, length_now, _ = self._values[-1].shape
+        held = slots_now * length_now
+        too_small = slots > slots_now or length > length_now
+        slots, length = self._sides(slots, length, most)
+        far_too_much = held > self._floor and 4 * slots * length <= held
         if too_small or far_too_much or held > most:
             # Both sides anew: what one of them once was may be over the budget beside the other.
-            self._resize(rows, length)
+            self._resize(slots, length)
 
     @property
-    def rows(self) -> int:
-        """Rows that there is memory for."""
+    def slots(self) -> int:
+        """Those that there is memory for."""
         return self._keys[0].shape[0]
 
-    def first(self, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Of each layer, keys and values of the first ``rows``, in all their length."""
-        return [keys[:rows] for keys in self._keys], [values[:rows] for values in self._values]
+    def first(self, slots: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Of each layer, keys and values of the first ``slots``, in all their length."""
+        return [keys[:slots] for keys in self._keys], [values[:slots] for values in self._values]
 
     def reset(self) -> None:
-        """Forget all rows, also after something failed in the middle of a change."""
+        """Forget all slots, also after something failed in the middle of a change."""
         self.version += 1
         self._allocate(0, 0)
 
     def move(self, source: int, target: int) -> None:
-        """Move a row to the place of one that is no longer used; one without memory has nothing."""
-        for tensor in [*self._keys, *self._values]:
+        """Copy a slot to one that is no longer used; one without memory has nothing."""
+        for tensor in self._tensors():
             if source < len(tensor):
                 tensor[target].copy_(tensor[source])
 
-    def clear(self, row: int) -> None:
-        """Zero a row, whose numbers are not finite: a weight of 0 times NaN is NaN."""
-        for tensor in [*self._keys, *self._values]:
-            tensor[row].zero_()
+    def clear(self, slot: int) -> None:
+        """Zero a slot, whose numbers are not finite: a weight of 0 times NaN is NaN."""
+        for tensor in self._tensors():
+            tensor[slot].zero_()
 
-    def save(self, row: int, length: int, start: int = 0) -> Layers:
-        """A copy of a row from ``start`` to ``length``, each tensor (heads, tokens, head_dim)."""
+    def save(self, slot: int, length: int, start: int = 0) -> Layers:
+        """A copy of a slot from ``start`` to ``length``, each tensor (heads, tokens, head_dim)."""
         return [
-            (keys[row, :, start:length].clone(), values[row, :, start:length].clone())
+            (keys[slot, :, start:length].clone(), values[slot, :, start:length].clone())
             for keys, values in zip(self._keys, self._values, strict=True)
         ]
 
-    def restore(self, row: int, saved: Layers, start: int = 0, length: int = UNBOUNDED) -> None:
-        """Put what ``save`` returned into a row from ``start`` on, up to ``length``."""
+    def restore(self, slot: int, saved: Layers, start: int = 0, length: int = UNBOUNDED) -> None:
+        """Put what ``save`` returned into a slot from ``start`` on, up to ``length``."""
         for keys, values, (old_keys, old_values) in zip(
             self._keys, self._values, saved, strict=True
         ):
             stop = min(start + old_keys.shape[1], length)
-            keys[row, :, start:stop] = old_keys[:, : stop - start]
-            values[row, :, start:stop] = old_values[:, : stop - start]
+            keys[slot, :, start:stop] = old_keys[:, : stop - start]
+            values[slot, :, start:stop] = old_values[:, : stop - start]
 
     @contextmanager
-    def kept(self, rows: list[int]) -> Iterator[None]:
-        """Within the block, a call of the model leaves nothing behind in ``rows``.
+    def kept(self, slots: list[int]) -> Iterator[None]:
+        """Within the block, a call of the model leaves nothing behind in ``slots``.
 
-        Of keys and values it does not anyway: those lie after the row's end, and are overwritten.
+        Of keys and values it does not anyway: those lie after the slot's end, and are overwritten.
         """
         yield
 
-    def begin(self, rows: Many[int], starts: Many[int], widths: Many[int]) -> torch.Tensor:
-        """Prepare a call of the model: ``widths[i]`` tokens for ``rows[i]`` from ``starts[i]`` on.
+    def begin(self, slots: Many[int], starts: Many[int], widths: Many[int]) -> torch.Tensor:
+        """Prepare a call of the model: ``widths[i]`` tokens for ``slots[i]`` from ``starts[i]`` on.
 
         Returns the mask, bool (rows, 1, widest, columns), True where a token may look. The call's
         inputs are padded on the right to the widest row. There must be room, see ``fit``.
         """
-        self._rows, self._starts, self._widths = list(rows), list(starts), list(widths)
+        self._slots, self._starts, self._widths = list(slots), list(starts), list(widths)
         self._indices.clear()
         widest = max(widths)
         self._length = max(
             start + width for start, width in zip(self._starts, self._widths, strict=True)
         )
-        first, count, start = self._rows[0], len(rows), self._starts[0]
+        first, count, start = self._slots[0], len(slots), self._starts[0]
         self._block = self._live = None
-        if self._rows == list(range(first, first + count)):
+        if self._slots == list(range(first, first + count)):
             here, every = slice(first, first + count), slice(None)
             self._live = here, every, slice(self._length)
             if self._starts == [start] * count:
@@ -166,61 +167,65 @@ class SlotCache(Cache):
         **_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new keys and values (rows, heads, widest, head_dim); returns all to attend to."""
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        place = self._places[layer_idx]
+        keys, values = self._keys[place], self._values[place]
         if self._block:
             # What pads a row comes too: after its end, where it is not looked at.
             keys[self._block], values[self._block] = key_states, value_states
         elif key_states.shape[2] == 1:
-            rows, places = self._index(keys.device)
-            keys[rows, :, places] = key_states[:, :, 0]
-            values[rows, :, places] = value_states[:, :, 0]
+            slots, places = self._index(keys.device)
+            keys[slots, :, places] = key_states[:, :, 0]
+            values[slots, :, places] = value_states[:, :, 0]
         else:
-            for number, (row, start, width) in enumerate(
-                zip(self._rows, self._starts, self._widths, strict=True)
+            for number, (slot, start, width) in enumerate(
+                zip(self._slots, self._starts, self._widths, strict=True)
             ):
-                keys[row, :, start : start + width] = key_states[number, :, :width]
-                values[row, :, start : start + width] = value_states[number, :, :width]
+                keys[slot, :, start : start + width] = key_states[number, :, :width]
+                values[slot, :, start : start + width] = value_states[number, :, :width]
         if not any(self._starts):  # nothing came before
             return key_states, value_states
         if self._live:
             return keys[self._live], values[self._live]
-        rows, _ = self._index(keys.device)
-        return keys[rows, :, : self._length], values[rows, :, : self._length]
+        slots, _ = self._index(keys.device)
+        return keys[slots, :, : self._length], values[slots, :, : self._length]
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [*self._keys, *self._values]
 
     def _index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self._indices:
             self._indices[device] = (
-                torch.tensor(self._rows, device=device),
+                torch.tensor(self._slots, device=device),
                 torch.tensor(self._starts, device=device),
             )
         return self._indices[device]
 
-    def _sides(self, rows: int, length: int, most: int) -> tuple[int, int]:
-        """Rows and tokens of the rectangle for so many rows of so many tokens."""
-        if not rows or not length:
-            return rows, 0
+    def _sides(self, slots: int, length: int, most: int) -> tuple[int, int]:
+        """Slots and tokens of the rectangle for so many slots of so many tokens."""
+        if not slots or not length:
+            return slots, 0
         blocks = -(-length // BLOCK)
-        more_rows, more_blocks = power_of_two(rows, FEWEST_ROWS), power_of_two(blocks)
-        if more_rows * more_blocks * BLOCK <= min(self._roomy, most):
-            return more_rows, more_blocks * BLOCK
-        return rows, max(length, min(blocks * BLOCK, most // rows))
+        more_slots, more_blocks = power_of_two(slots, FEWEST_SLOTS), power_of_two(blocks)
+        if more_slots * more_blocks * BLOCK <= min(self._roomy, most):
+            return more_slots, more_blocks * BLOCK
+        return slots, max(length, min(blocks * BLOCK, most // slots))
 
-    def _allocate(self, rows: int, length: int) -> None:
-        shape = (rows, self.layout.heads, length, self.layout.head_dim)
+    def _allocate(self, slots: int, length: int) -> None:
+        shape = (slots, self.layout.heads, length, self.layout.head_dim)
         # Zeros, not what happens to be there: a weight of 0 times NaN is NaN.
         self._keys = [
             torch.zeros(shape, dtype=self.layout.dtype, device=d) for d in self.layout.devices
         ]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
 
-    def _resize(self, rows: int, length: int) -> None:
+    def _resize(self, slots: int, length: int) -> None:
         self.version += 1
         # Layer by layer, so that at most one of them is there twice.
         for tensors in (self._keys, self._values):
             for number, old in enumerate(tensors):
-                if old.shape[0] == rows and old.shape[2] == length:
+                if old.shape[0] == slots and old.shape[2] == length:
                     continue
-                new = old.new_zeros(rows, self.layout.heads, length, self.layout.head_dim)
-                kept_rows, kept = min(rows, old.shape[0]), min(length, old.shape[2])
-                new[:kept_rows, :, :kept] = old[:kept_rows, :, :kept]
+                new = old.new_zeros(slots, self.layout.heads, length, self.layout.head_dim)
+                kept_slots, kept = min(slots, old.shape[0]), min(length, old.shape[2])
+                new[:kept_slots, :, :kept] = old[:kept_slots, :, :kept]
                 tensors[number] = new

@@ -12,8 +12,8 @@ from qwenvl_app.engine.memory import place
 
 
 @dataclass(frozen=True)
-class State:
-    """Shape of what a recurrent layer keeps of one row, see ``recurrent.py``."""
+class StateShape:
+    """Shape of what a recurrent layer keeps of one slot, see ``recurrent.py``."""
 
     layer: int
     inputs: tuple[int, int]  # channels, length of the kernel
@@ -38,20 +38,26 @@ class Layout:
     head_dim: int
     dtype: torch.dtype
     devices: tuple[torch.device, ...]
-    states: tuple[State, ...] = ()
+    states: tuple[StateShape, ...] = ()
+
+    @property
+    def attending(self) -> list[int]:
+        """The layers that keep keys and values."""
+        recurrent = {state.layer for state in self.states}
+        return [n for n in range(len(self.devices) + len(recurrent)) if n not in recurrent]
 
     @property
     def token_bytes(self) -> int:
         """What one token of one sequence takes, in all layers."""
         return 2 * len(self.devices) * self.heads * self.head_dim * self.dtype.itemsize
 
-    def bytes(self, tokens: int, rows: int) -> int:
-        """What so many tokens in so many rows take."""
-        return tokens * self.token_bytes + rows * sum(state.bytes for state in self.states)
+    def bytes(self, tokens: int, slots: int) -> int:
+        """What so many tokens in so many slots take."""
+        return tokens * self.token_bytes + slots * sum(state.bytes for state in self.states)
 
-    def tokens_in(self, memory: int, rows: int) -> int:
-        """How many tokens so many rows may have in ``memory``, in bytes."""
-        return max(0, memory - self.bytes(0, rows)) // self.token_bytes
+    def tokens_in(self, memory: int, slots: int) -> int:
+        """How many tokens so many slots may have in ``memory``, in bytes."""
+        return max(0, memory - self.bytes(0, slots)) // self.token_bytes
 
 
 def layout_of(text: Any) -> Layout:
@@ -69,13 +75,13 @@ def layout_of(text: Any) -> Layout:
     )
 
 
-def states_of(text: Any) -> tuple[State, ...]:
+def states_of(text: Any) -> tuple[StateShape, ...]:
     """Those of the recurrent layers of ``text``, a language model; none if it has none."""
     states = []
     for number, layer in enumerate(text.layers):
         if (mixer := getattr(layer, "linear_attn", None)) is not None:
             states.append(
-                State(
+                StateShape(
                     number,
                     (mixer.conv_dim, mixer.conv_kernel_size),
                     (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim),

@@ -18,14 +18,9 @@ class LoadedModel:
     """A model and what turns requests into its inputs. All threads share it; none changes it."""
 
     model: Any  # of a supported family, whose annotations admit no call of its parts
-    image_processor: Any  # Qwen2VLImageProcessorPil
+    patcher: Patcher
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptBuilder
-
-    @cached_property
-    def patcher(self) -> Patcher:
-        """Of ``image_processor``. Raises ModelLoadError."""
-        return Patcher(self.image_processor)
 
     @cached_property
     def grammars(self) -> Grammars:

@@ -44,7 +44,7 @@ def pixel_limits(processor: Any) -> tuple[int, int]:
 
 
 class Patcher:
-    """What a processor's configuration says, applied. May be called on any thread.
+    """What ``processor``, a Qwen2VLImageProcessorPil, says, applied. Any thread.
 
     Raises ModelLoadError for a processor that does not resize, rescale and normalise.
     """
@@ -53,6 +53,7 @@ class Patcher:
         for step in ("do_resize", "do_rescale", "do_normalize"):
             if not getattr(processor, step):
                 raise ModelLoadError(f"preprocessor_config.json has {step} off; it must be on")
+        self.processor = processor
         self.side, self.merge = processor.patch_size, processor.merge_size
         self._least, self._most = pixel_limits(processor)
         self._resample = Images.Resampling(processor.resample)

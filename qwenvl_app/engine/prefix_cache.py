@@ -94,7 +94,7 @@ class Segment:
     @property
     def bytes(self) -> int:
         """Memory that it holds, without ``parent``'s."""
-        return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
+        return sum(tensor.nbytes for pair in self.layers for tensor in pair)
 
     def chain(self) -> list[Segment]:
         """All from the prompt's beginning up to this one."""

@@ -50,4 +50,4 @@ class Renderer:
         logprobs: tuple[TokenLogprob, ...] = ()
         if text or at_end:
             logprobs, self._logprobs = tuple(self._logprobs), []
-        return Delta(text, reasoning=self._detokenizer.take_reasoning(), logprobs=logprobs)
+        return Delta(text, reasoning=self._detokenizer.pop_reasoning(), logprobs=logprobs)

@@ -76,25 +76,25 @@ class Runner:
         return VisionPass(self._tower, images)
 
     def prefill(
-        self, cache: SlotCache, sequences: list[Sequence], rows: Many[int], widths: Many[int]
+        self, cache: SlotCache, sequences: list[Sequence], slots: Many[int], widths: Many[int]
     ) -> torch.Tensor:
-        """Compute the next ``widths[i]`` prompt tokens of each; logits (sequences, vocabulary).
+        """Compute the next ``widths[i]`` prompt tokens of each, which has ``slots[i]``.
 
-        The logits are those after each sequence's last token of this call.
+        Logits (sequences, vocabulary): those after each one's last token of this call.
         """
-        if self.layout.states and len(rows) > 1:  # what pads a row would be read
-            each = zip(sequences, rows, widths, strict=True)
-            return torch.cat([self.prefill(cache, [s], [row], [width]) for s, row, width in each])
+        if self.layout.states and len(slots) > 1:  # what pads a row would be read
+            each = zip(sequences, slots, widths, strict=True)
+            return torch.cat([self.prefill(cache, [s], [slot], [width]) for s, slot, width in each])
         widest = max(widths)
-        ids = torch.zeros(len(rows), widest, dtype=torch.long)
-        positions = torch.zeros(3, len(rows), widest, dtype=torch.long)
+        ids = torch.zeros(len(slots), widest, dtype=torch.long)
+        positions = torch.zeros(3, len(slots), widest, dtype=torch.long)
         for number, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
             here = slice(sequence.computed, sequence.computed + width)
             ids[number, :width] = torch.tensor(sequence.inputs.ids[here])
             positions[:, number, :width] = sequence.inputs.positions[:, here]
         embeds = self._text.embed_tokens(ids.to(self._device))
         visual = self._place_images(embeds, sequences, widths)
-        mask = cache.begin(rows, [s.computed for s in sequences], widths)
+        mask = cache.begin(slots, [s.computed for s in sequences], widths)
         hidden = self._text(
             inputs_embeds=embeds,
             attention_mask=self._mask(mask),
@@ -104,7 +104,7 @@ class Runner:
             **visual,
         ).last_hidden_state
         ends = torch.tensor(widths, device=hidden.device) - 1
-        return self._logits(hidden[torch.arange(len(rows), device=hidden.device), ends])
+        return self._logits(hidden[torch.arange(len(slots), device=hidden.device), ends])
 
     def _place_images(
         self, embeds: torch.Tensor, sequences: list[Sequence], widths: Many[int]
@@ -135,8 +135,8 @@ class Runner:
     def decode(
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
-        """One token for each of the rows 0 to n; logits (n, vocabulary)."""
-        if self._compiled and self._compiled.takes(cache, len(ids)):
+        """One token for each of the slots 0 to n; logits (n, vocabulary)."""
+        if self._compiled and self._compiled.fits(cache, len(ids)):
             return self._compiled(cache, ids, positions, starts)
         mask = cache.begin(range(len(ids)), starts, [1] * len(ids))
         inputs = torch.tensor([ids, positions], device=self._device)

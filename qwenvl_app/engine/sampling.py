@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Many
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import GenerationConfig
 
 from qwenvl_app.engine.drawing import NO_TOKEN, SORTED, TOO_NARROW, Rng, Rules, View, draw
-from qwenvl_app.engine.grammar import Matcher, ruled_out
-from qwenvl_app.engine.processors import FIRST, LAST, PENALTIES, WARPERS, asked_for, warpers
+from qwenvl_app.engine.grammar import Matcher, penalties
+from qwenvl_app.engine.processors import LAST, PENALTIES, WARPERS, processors
 from qwenvl_app.errors import ServiceError
 from qwenvl_app.generation import SamplingParams
 
@@ -42,11 +43,17 @@ class PresenceFrequencyPenalty:
         return scores - self._frequency * counts - self._presence * (counts > 0)
 
 
+def asked_for(defaults: GenerationConfig, *names: str) -> dict[str, Any]:
+    """Those of ``names`` that have a value."""
+    values = {name: getattr(defaults, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 class Sampler:
     """How the tokens of one sequence are picked. Used by the engine's thread alone, once made.
 
     ``defaults`` decides what ``params`` leaves open. ``rng``: None if the likeliest is taken.
-    ``matcher`` rules tokens out before anything else is done; None admits all.
+    ``matcher`` rules tokens out before anything else is done; None allows all.
     """
 
     def __init__(
@@ -65,13 +72,13 @@ class Sampler:
 
         # What needs all scores, and mostly the ids too, in generate's order: for one sequence at a
         # time, and most have none. The four rules of drawing come after it, see ``Rules``.
-        processors = asked_for(FIRST, defaults, prompt)
+        asked = asked_for(defaults, *PENALTIES, *LAST)
         if (penalty := chosen("repetition_penalty", 1.0)) != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(penalty))
-        processors += asked_for(PENALTIES, defaults, prompt)
+            asked["repetition_penalty"] = penalty
+        own = []
         if params.presence_penalty or params.frequency_penalty:
             penalties = params.presence_penalty, params.frequency_penalty
-            processors.append(PresenceFrequencyPenalty(*penalties, len(prompt)))
+            own.append(PresenceFrequencyPenalty(*penalties, len(prompt)))
         temperature = float(chosen("temperature", 1.0))
         # Who names a temperature wants to sample; else the checkpoint decides.
         samples = params.temperature is not None or bool(defaults.do_sample)
@@ -79,22 +86,28 @@ class Sampler:
         if samples and temperature > _COLD:
             top_k, top_p, min_p = chosen("top_k", _TOP_K), chosen("top_p", 1.0), chosen("min_p", 0)
             rules = Rules(temperature, int(top_k), float(top_p), float(min_p))
-            if asked_for(WARPERS | LAST, defaults, prompt):  # drawing knows four rules alone
-                processors += warpers(defaults, *rules)
+            if more := asked_for(defaults, *WARPERS, *LAST):  # drawing knows four rules alone
+                asked |= more | rules._asdict() | {"do_sample": True}
                 rules = Rules(1.0, 0, 1.0, 0.0)
             self.rng = Rng(rules, params.seed, device)
-        processors += asked_for(LAST, defaults, prompt)
         self.matcher = matcher
-        self.processors: Any = LogitsProcessorList(processors)
-        # On the CPU for now: this is a request's thread, and copying to a GPU is for the engine's.
-        self._ids = torch.tensor([prompt]) if processors else None
+        # Made later: this is a request's thread, and copying to a GPU is for the engine's.
+        self._make = partial(processors, asked, defaults.eos_token_id, prompt, own=own)
+        self._processors: Any = None
+        self._ids = torch.tensor([prompt]) if asked or own else None
+
+    @property
+    def processes(self) -> bool:
+        """Whether ``process`` does anything."""
+        return self._ids is not None
 
     def process(self, scores: torch.Tensor) -> torch.Tensor:
         """``scores`` (1, vocabulary) as the processors leave them."""
         if self._ids is None:
             return scores
-        self._ids = self._ids.to(scores.device)
-        processed: torch.Tensor = self.processors(self._ids, scores)
+        if self._processors is None:
+            self._ids, self._processors = self._ids.to(scores.device), self._make(scores)
+        processed: torch.Tensor = self._processors(self._ids, scores)
         return processed
 
     def append(self, token: int) -> None:
@@ -108,18 +121,23 @@ class Sampler:
 def next_tokens(samplers: Many[Sampler | None], logits: torch.Tensor) -> list[int | Exception]:
     """The next token of each row of ``logits`` (rows, vocabulary), or why there is none.
 
-    A row without a sampler wants none: only its logits are judged, and its token means nothing.
+    A row without a sampler wants none: only its logits are checked, and its token means nothing.
     One row's failure is no other's. Looks at the device once, and again only where more tokens are
     about equally likely than were looked at.
     """
     scores = logits.float()
     # As good as isfinite().all(), which takes a CPU twenty times as long.
     finite = (scores.amax(-1) < math.inf) & (scores.amin(-1) > -math.inf)
+    tokens: list[int | Exception] = [0] * len(scores)
+    scores = _constrain(samplers, scores, tokens)
     rows = [scores[number : number + 1] for number in range(len(scores))]
-    tokens: list[int | Exception] = [0] * len(rows)
-    _constrain(samplers, rows, tokens)
     groups = _process(samplers, rows, tokens)
-    picked = [_pick(samplers, rows, members, view) for view, members in groups.items()]
+    alike = len(groups) == 1 and len(*groups.values()) == len(rows)
+    as_they_were = alike and not any(sampler and sampler.processes for sampler in samplers)
+    picked = [
+        _pick(samplers, scores if as_they_were else rows, members, view)
+        for view, members in groups.items()
+    ]
     looked = torch.cat([finite.long(), *picked]).tolist()
     members = [number for group in groups.values() for number in group]
     for number, token in zip(members, looked[len(rows) :], strict=True):
@@ -139,9 +157,9 @@ def next_tokens(samplers: Many[Sampler | None], logits: torch.Tensor) -> list[in
 
 
 def _constrain(
-    samplers: Many[Sampler | None], rows: list[torch.Tensor], tokens: list[int | Exception]
-) -> None:
-    """Rule out in ``rows`` what matchers do not allow, or put why they can't into ``tokens``.
+    samplers: Many[Sampler | None], scores: torch.Tensor, tokens: list[int | Exception]
+) -> torch.Tensor:
+    """``scores`` without what matchers do not allow; why they can't say is put into ``tokens``.
 
     Matchers work on the CPU, while a GPU still computes the logits; one copy goes there.
     """
@@ -153,10 +171,10 @@ def _constrain(
             except ServiceError as error:
                 tokens[number] = error
     if not allowed:
-        return
-    masks = ruled_out(list(allowed.values()), rows[0].shape[-1]).to(rows[0].device)
-    for place, number in enumerate(allowed):
-        rows[number] = torch.where(masks[place : place + 1], -math.inf, rows[number])
+        return scores
+    everything = b"\xff" * len(next(iter(allowed.values())))
+    masks = [allowed.get(number, everything) for number in range(len(scores))]
+    return penalties(masks, scores.shape[-1], scores.device).add_(scores)
 
 
 def _process(
@@ -182,12 +200,15 @@ def _process(
 
 def _pick(
     samplers: Many[Sampler | None],
-    rows: list[torch.Tensor],
+    rows: torch.Tensor | list[torch.Tensor],
     members: list[int],
     view: View | None,
 ) -> torch.Tensor:
-    """Tokens (members) of some of ``rows``, each (1, vocabulary), all with the same ``view``."""
-    scores = torch.cat([rows[number] for number in members])
+    """Tokens (members) of some of ``rows``, each (1, vocabulary), all with the same ``view``.
+
+    Or of all rows, in one tensor (rows, vocabulary), which is not copied then.
+    """
+    scores = rows if isinstance(rows, torch.Tensor) else torch.cat([rows[n] for n in members])
     if view is None:
         return scores.argmax(-1)
     rngs = [sampler.rng for number in members if (sampler := samplers[number]) and sampler.rng]

@@ -1,7 +1,7 @@
 """Who runs in the next step. Pure Python: no torch, no clock, no thread.
 
-Requests are served first come, first served. Row ``i`` of the KV cache belongs to ``rows[i]``: the
-rows are always without holes, so that one decode call covers them all (the idea of nano-vllm's
+Requests are served first come, first served. ``running[i]`` has slot ``i`` of the KV cache:
+there are never holes, so that one decode call covers them all (the idea of nano-vllm's
 ``scheduler.py``, two queues and no policy elsewhere).
 """
 
@@ -10,65 +10,33 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
-
-class Job(Protocol):
-    """What the scheduler knows of a sequence."""
-
-    @property
-    def patches(self) -> int:
-        """Of its pictures, but for those whose part of the cache was found."""
-
-    @property
-    def prompt_length(self) -> int:
-        """In tokens."""
-
-    @property
-    def reserved(self) -> int:
-        """The most tokens that it will have in the KV cache."""
-
-    @property
-    def prefix_key(self) -> bytes | None:
-        """Equal for those that begin alike, up to the last picture; None if nothing is shared."""
-
-    @property
-    def seen(self) -> bool:
-        """Whether the vision tower has nothing to do for it, any more or at all."""
-
-    @property
-    def computed(self) -> int:
-        """Tokens in the KV cache."""
-
-    @property
-    def boundary(self) -> int:
-        """Tokens at which a step of its prefill has to end, if it comes by there."""
-
-
-J = TypeVar("J", bound=Job)
+if TYPE_CHECKING:
+    from qwenvl_app.engine.sequence import Sequence
 
 
 @dataclass
-class Vision(Generic[J]):
+class Vision:
     """Run layers ``first`` to ``last`` (exclusive) of the vision tower on some pictures."""
 
-    jobs: list[J]
+    jobs: list[Sequence]
     first: int
     last: int
 
 
 @dataclass
-class Step(Generic[J]):
+class Step:
     """What comes before a step's decode; prefill: (sequence, tokens)."""
 
-    vision: Vision[J] | None = None
-    prefill: list[tuple[J, int]] = field(default_factory=list)
+    vision: Vision | None = None
+    prefill: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
-class Scheduler(Generic[J]):
-    """Rows, a queue for them, and a budget. Used by the engine's thread alone.
+class Scheduler:
+    """Slots, a queue for them, and a budget. Used by the engine's thread alone.
 
-    ``budget`` is in tokens of KV cache: its rectangle of rows times the longest row is held under
+    ``budget`` is in tokens of KV cache: its rectangle of slots times the longest is held under
     it, counting what each sequence may still grow to, so that nothing that runs ever has to stop
     for want of memory; the cache keeps to ``cache_limit``. ``chunk`` bounds the prompt tokens of a
     step, and so how long the others wait for their next token; ``patches`` does the same for whole
@@ -88,25 +56,25 @@ class Scheduler(Generic[J]):
     ):
         self.slots, self.budget, self.chunk, self._cost = slots, budget, chunk, cost
         self._patches, self._depth = patches, depth
-        self.waiting: deque[J] = deque()
-        self.rows: list[J] = []
-        # The same in the order of arrival: a row that is moved into a hole overtakes nobody.
-        self._order: list[J] = []
-        self._vision: Vision[J] | None = None
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # by their slots
+        # The same in the order of arrival: one that is moved into a hole overtakes nobody.
+        self._order: list[Sequence] = []
+        self._vision: Vision | None = None
 
-    def admit(self) -> list[J]:
-        """Move those who can start from the queue to rows; returns them, in order of rows."""
-        first = len(self.rows)
-        while self.waiting and len(self.rows) < self.slots and self._fits(self.waiting[0]):
+    def fill_slots(self) -> list[Sequence]:
+        """Move those who can start from the queue to slots; returns them, in order of slots."""
+        first = len(self.running)
+        while self.waiting and len(self.running) < self.slots and self._fits(self.waiting[0]):
             if self._will_be_shared(self.waiting[0]):
                 break  # a moment later its picture need not be computed again
-            self.rows.append(self.waiting.popleft())
-        self._order += self.rows[first:]
-        return self.rows[first:]
+            self.running.append(self.waiting.popleft())
+        self._order += self.running[first:]
+        return self.running[first:]
 
-    def next_step(self) -> Step[J]:
+    def next_step(self) -> Step:
         """What the next step prefills. Sequences whose picture it finishes are in it too."""
-        step: Step[J] = Step(vision=self._next_vision())
+        step: Step = Step(vision=self._next_vision())
         done = step.vision.jobs if step.vision and step.vision.last == self._depth else []
         widest = 0
         for job in self._order:
@@ -121,24 +89,24 @@ class Scheduler(Generic[J]):
                 widest = max(widest, width)
         return step
 
-    def complete(self) -> list[J]:
-        """Those that get a token by decoding, in order of rows."""
-        return [job for job in self.rows if job.computed >= job.prompt_length]
+    def complete(self) -> list[Sequence]:
+        """Those that get a token by decoding, in order of slots."""
+        return [job for job in self.running if job.computed >= job.prompt_length]
 
-    def remove(self, job: J) -> tuple[int, int] | None:
-        """Take ``job`` out wherever it is; returns (from, to) if a row has to move for that."""
+    def remove(self, job: Sequence) -> tuple[int, int] | None:
+        """Take ``job`` out wherever it is; returns (from, to) if a slot has to move for that."""
         if self._vision and job in self._vision.jobs:
             # Its pictures are one batch in the vision tower: the others start again.
             self._vision = None
-        if job not in self.rows:
+        if job not in self.running:
             self.waiting.remove(job)
             return None
         self._order.remove(job)
-        hole, last = self.rows.index(job), len(self.rows) - 1
-        moved = self.rows.pop()
+        hole, last = self.running.index(job), len(self.running) - 1
+        moved = self.running.pop()
         if hole == last:
             return None
-        self.rows[hole] = moved
+        self.running[hole] = moved
         return last, hole
 
     def longest(self, patches: int) -> int:
@@ -147,42 +115,42 @@ class Scheduler(Generic[J]):
         return self.budget - features if tower + features <= self.budget else 0
 
     def cache_limit(self) -> int:
-        """Tokens that the KV cache may hold now: what the pictures of the rows leave of the budget.
+        """Tokens that the KV cache may hold now: what the pictures of those that run leave.
 
-        At least what the rows that run may grow to. But who is alone has none while its picture is
+        At least what those may grow to. But who is alone has none while its picture is
         in the tower.
         """
-        return max(0, self.budget - sum(self._pictures(self.rows)))
+        return max(0, self.budget - sum(self._pictures(self.running)))
 
-    def _fits(self, job: J) -> bool:
-        rows = [*self.rows, job]
-        rectangle = len(rows) * max(row.reserved for row in rows)
-        tower, features = self._pictures(rows)
+    def _fits(self, job: Sequence) -> bool:
+        jobs = [*self.running, job]
+        rectangle = len(jobs) * max(each.reserved for each in jobs)
+        tower, features = self._pictures(jobs)
         # Who is alone has no tokens yet while its picture is in the tower.
-        taken = max(rectangle, tower) if len(rows) == 1 else rectangle + tower
+        taken = max(rectangle, tower) if len(jobs) == 1 else rectangle + tower
         return taken + features <= self.budget
 
-    def _pictures(self, rows: list[J]) -> tuple[int, int]:
-        """Tokens of the budget: what the tower may take for ``rows``, and what of it is unread."""
-        unseen = [row.patches for row in rows if not row.seen]
+    def _pictures(self, jobs: list[Sequence]) -> tuple[int, int]:
+        """Tokens of the budget: what the tower may take for ``jobs``, and what of it is unread."""
+        unseen = [job.patches for job in jobs if not job.seen]
         # One large picture is in the tower at a time, or several small ones.
         most = max([min(sum(unseen), self._patches), *unseen])
-        unread = sum(row.patches for row in rows if row.computed < row.prompt_length)
+        unread = sum(job.patches for job in jobs if job.computed < job.prompt_length)
         return math.ceil(self._cost[0] * most), math.ceil(self._cost[1] * unread)
 
-    def _will_be_shared(self, job: J) -> bool:
+    def _will_be_shared(self, job: Sequence) -> bool:
         return (
             job.prefix_key is not None
             and not job.seen
             and any(
-                row.prefix_key == job.prefix_key and row.computed < row.prompt_length
-                for row in self.rows
+                each.prefix_key == job.prefix_key and each.computed < each.prompt_length
+                for each in self.running
             )
         )
 
-    def _next_vision(self) -> Vision[J] | None:
+    def _next_vision(self) -> Vision | None:
         if self._vision is None:
-            jobs: list[J] = []
+            jobs: list[Sequence] = []
             for job in self._order:
                 if not job.seen and (
                     not jobs or sum(j.patches for j in [*jobs, job]) <= self._patches

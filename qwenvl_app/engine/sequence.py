@@ -84,7 +84,7 @@ class Sequence:
 
     @property
     def patches(self) -> int:
-        """See ``scheduler.Job``."""
+        """Of its pictures, but for those whose part of the cache was found."""
         return sum(image.patches for image in self.images)
 
     @property
@@ -94,17 +94,17 @@ class Sequence:
 
     @property
     def reserved(self) -> int:
-        """The most tokens it will have in the cache."""
+        """The most tokens that it will have in the KV cache."""
         return self.prompt_length + self.limit
 
     @property
     def prefix_key(self) -> bytes | None:
-        """See ``scheduler.Job``."""
+        """See ``Inputs``."""
         return self.inputs.prefix_key
 
     @property
     def boundary(self) -> int:
-        """See ``scheduler.Job``."""
+        """See ``Inputs``."""
         return self.inputs.boundary
 
     @property

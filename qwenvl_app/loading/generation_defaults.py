@@ -11,30 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig
 
-from qwenvl_app.engine.processors import FIRST, LAST, PENALTIES, WARPERS
+from qwenvl_app.engine.processors import LAST, PENALTIES, WARPERS, processors
 from qwenvl_app.errors import ModelLoadError
 
 log = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
 # What a request may name too (engine/sampling.py).
-_REQUESTED: dict[str, Callable[[Any], Any]] = {
-    "temperature": TemperatureLogitsWarper,
-    "top_k": TopKLogitsWarper,
-    "top_p": TopPLogitsWarper,
-    "min_p": MinPLogitsWarper,
-    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
-}
-_CHECKPOINTS = FIRST | PENALTIES | WARPERS | LAST
+_REQUESTED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_USED = (*_REQUESTED, *PENALTIES, *WARPERS, *LAST)
 # When a value switches its step off: as in ``generate``, or meant so, such as vLLM's top_k of -1.
 _OFF: dict[str, Callable[[Any], bool]] = {
     "temperature": lambda value: value == 0,
@@ -75,7 +62,7 @@ def load(directory: Path, config: Any) -> GenerationConfig:
             defaults = GenerationConfig.from_pretrained(directory, local_files_only=True)
         else:
             defaults = GenerationConfig.from_model_config(config)
-    except Exception:  # some values are judged as they are read, each with an error of its own
+    except Exception:  # some values are checked as they are read, each with an error of its own
         log.exception("%s can't be used", FILE)
         raise ModelLoadError(
             f"{FILE} can't be used, the log has why; take the checkpoint's own"
@@ -84,14 +71,13 @@ def load(directory: Path, config: Any) -> GenerationConfig:
     _check_ends(defaults.eos_token_id, vocabulary)
     if defaults.do_sample not in (None, True, False):
         raise ModelLoadError(f"{FILE} has do_sample {defaults.do_sample!r}; it is true or false")
-    for name in (*_REQUESTED, *_CHECKPOINTS):
+    for name in _USED:
         if getattr(defaults, name) is not None:
             _settle(defaults, name, vocabulary)
     ignored = [
         name
         for name, value in defaults.to_diff_dict().items()
-        if name not in (*_ELSEWHERE, *_REQUESTED, *_CHECKPOINTS)
-        and (value is True or value not in _NOTHING)
+        if name not in (*_ELSEWHERE, *_USED) and (value is True or value not in _NOTHING)
     ]
     if ignored:
         log.warning("%s has what is not used here: %s", FILE, ", ".join(ignored))
@@ -118,10 +104,10 @@ def _settle(defaults: GenerationConfig, name: str, vocabulary: int) -> None:
             setattr(defaults, name, 0 if name == "top_k" else None)  # None would be generate's 50
             if name == "temperature":
                 defaults.do_sample = False
-        elif name in _REQUESTED:
-            _REQUESTED[name](value)(torch.tensor([[0, 0]]), scores)
         else:
-            _CHECKPOINTS[name](defaults, [0], scores)(torch.tensor([[0, 0]]), scores)
+            asked = {name: value, "do_sample": True}
+            made = processors(asked, defaults.eos_token_id, [0], scores, own=())
+            made(torch.tensor([[0, 0]]), scores)
     except Exception:
         log.exception("%s in %s can't be used", name, FILE)
         raise ModelLoadError(

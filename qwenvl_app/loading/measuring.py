@@ -43,7 +43,7 @@ def measure(
         [image.features] = made or []
         parts = [image.features.embeds, *image.features.deepstack]
         image.pixels = None
-        features = sum(part.numel() * part.element_size() for part in parts)
+        features = sum(part.nbytes for part in parts)
         cache = runner.new_cache(0)
         cache.fit(1, length)
         last = [length - 1]

@@ -25,21 +25,57 @@ _NO_ROOM = "the largest allowed picture does not fit beside the weights"
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What is there: GPUs with so many bytes free each, or the CPU with its one number.
+
+    ``host``: what the machine has for weights that no GPU has room for; 0: they have to fit.
+    ``shares``: the weights are loaded, and each device has such a part of the KV cache.
+    """
+
+    free: Sequence[int]
+    cpu: bool
+    host: int = 0
+    shares: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Bytes. ``problem`` is why it can't work, ``tight`` what may fail when all slots are busy."""
 
     need: Footprint
     settings: Settings
-    free: int  # of all devices
-    loaded: bool = False  # the weights are there, and not in ``free``
+    memory: Memory
     prefix_cache: int = 0  # for pictures that were asked about before
     room: int = 0  # for the KV cache, and for the tower if that shares it
-    shared: bool = True
     tokens: int = 0  # in the KV cache
     max_memory: dict[int | str, int] | None = None  # of weights, where a device may be too small
     offloaded: int = 0  # weights that stay in the machine's memory and are fetched in every step
     problem: str | None = None
     tight: str | None = None
+
+    @property
+    def free(self) -> int:
+        """Of all devices."""
+        return sum(self.memory.free)
+
+    @property
+    def shared(self) -> bool:
+        """Whether tower and KV cache do. A compiled step's does not shrink with what lives."""
+        own = self.settings.compile == "on" or self.settings.kv_cache_mb
+        return len(self.memory.free) == 1 and not own
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest request."""
+        prompt = min(_PROMPT, self.settings.max_prompt_chars)
+        tokens = self.need.picture_tokens + prompt + self.settings.max_new_tokens
+        return min(tokens, self.need.max_length)
+
+    @property
+    def fixed(self) -> int:
+        """What a step takes whatever is in it, and recurrent layers for every slot."""
+        slots, chunk = self.settings.max_concurrency, self.settings.prefill_chunk
+        return slots * self.need.state + chunk * self.need.chunk_token
 
     @property
     def kv_cache(self) -> int:
@@ -59,9 +95,15 @@ class MemoryPlan:
     def together(self) -> int:
         """How many of the largest requests fit at once, one of them in the tower."""
         tower = self.shared * (self.need.tower - self.need.features)
-        each = self.need.token * _tokens(self.need, self.settings) + self.need.features
+        each = self.need.token * self.largest + self.need.features
         fit = (self.room - tower) // each or int(self.room >= each)
         return max(0, min(self.settings.max_concurrency, fit))
+
+    @property
+    def picture(self) -> int:
+        """The most that the machine needs for the picture of one request."""
+        pixels = self.settings.max_image_megapixels * 1e6
+        return int(max(DECODING * pixels, DECODED * pixels + RESIZED * self.need.pixels))
 
     @property
     def work(self) -> int:
@@ -69,17 +111,16 @@ class MemoryPlan:
         need, slots = self.need, self.settings.max_concurrency
         held = slots * DECODED * self.settings.max_image_megapixels * 1e6
         encoding = held + slots * FLOATS * need.pixels + need.tower
-        tokens = min(slots * _tokens(need, self.settings), self.tokens) * need.token
+        tokens = min(slots * self.largest, self.tokens) * need.token
         kept = min(self.prefix_cache, slots * need.picture_tokens * need.kv_token)
-        answering = held + _fixed(need, self.settings) + tokens + kept
-        return int(max(slots * picture(need, self.settings), encoding, answering))
+        return int(max(slots * self.picture, encoding, held + self.fixed + tokens + kept))
 
     def __str__(self) -> str:
         need = self.need
         text = (
-            f"{gib(max(0, self.free))} free{' beside' if self.loaded else ';'} weights "
-            f"{gib(need.weights - self.offloaded)}, vision tower up to {gib(need.tower)}, known "
-            f"pictures up to {gib(self.prefix_cache)}, KV cache up to {gib(self.kv_cache)} "
+            f"{gib(max(0, self.free))} free{' beside' if self.memory.shares else ';'} "
+            f"weights {gib(need.weights - self.offloaded)}, vision tower up to {gib(need.tower)}, "
+            f"known pictures up to {gib(self.prefix_cache)}, KV cache up to {gib(self.kv_cache)} "
             f"({self.tokens:,} tokens of {need.kv_token / 1024:.0f} KiB"
             f"{', less what the tower takes' if self.shared else ''})"
         )
@@ -92,53 +133,22 @@ class MemoryPlan:
         return text
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What is there: GPUs with so many bytes free each, or the CPU with its one number.
-
-    ``host``: what the machine has for weights that no GPU has room for; 0: they have to fit.
-    ``shares``: the weights are loaded, and each device has such a part of the KV cache.
-    """
-
-    free: Sequence[int]
-    cpu: bool
-    host: int = 0
-    shares: Sequence[float] = ()
-
-
 def make(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
     """The plan for ``memory``, with advice if it can't work."""
     plan = _divide(need, settings, memory)
     if not (plan.problem or plan.tight):
         return plan
-    advice = []
-    for name, values in (
-        ("max_concurrency", range(settings.max_concurrency - 1, 0, -1)),
-        ("max_image_megapixels", _smaller(settings.max_image_megapixels)),
-        ("kv_cache_mb", [0] * bool(settings.kv_cache_mb)),
-    ):
-        for value in values:
-            changed = settings.model_copy(update={name: value})
-            other = _divide(need.at(changed.max_image_megapixels * 1e6), changed, memory)
-            if not (other.problem or other.tight):
-                advice.append(f"QWENVL_{name.upper()}={value:g}")
-                if name == "kv_cache_mb":
-                    advice[-1] += f", which makes it {other.kv_cache // MIB} here"
-                break
+    advice = list(_other_settings(plan))
     if plan.problem:
         half = need.dtype == "float32" and not (need.quantised or memory.shares)
         advice += ["QWENVL_DTYPE=bfloat16"] * half
         advice += ["a quantised or a smaller checkpoint", "more memory"]
-    why = "; what would fit: ".join(
-        filter(None, (plan.problem or plan.tight, ", or ".join(advice)))
+    would_fit = f"; what would fit: {', or '.join(advice)}" if advice else ""
+    return replace(
+        plan,
+        problem=plan.problem and plan.problem + would_fit,
+        tight=plan.tight and plan.tight + would_fit,
     )
-    return replace(plan, problem=plan.problem and why, tight=plan.tight and why)
-
-
-def picture(need: Footprint, settings: Settings) -> int:
-    """The most that the machine needs for the picture of one request."""
-    pixels = settings.max_image_megapixels * 1e6
-    return int(max(DECODING * pixels, DECODED * pixels + RESIZED * need.pixels))
 
 
 def gib(size: float) -> str:
@@ -146,41 +156,68 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
 
 
+def _other_settings(plan: MemoryPlan) -> Iterator[str]:
+    """Those with which it works, each by itself and as it is typed."""
+    settings = plan.settings
+    for name, values in (
+        ("max_concurrency", range(settings.max_concurrency - 1, 0, -1)),
+        ("max_image_megapixels", _smaller(settings.max_image_megapixels)),
+        ("kv_cache_mb", [0] * bool(settings.kv_cache_mb)),
+    ):
+        for value in values:
+            changed = settings.model_copy(update={name: value})
+            need = plan.need.at(changed.max_image_megapixels * 1e6)
+            other = _divide(need, changed, plan.memory)
+            if not (other.problem or other.tight):
+                more = f", which makes it {other.kv_cache // MIB} here" if value == 0 else ""
+                yield f"QWENVL_{name.upper()}={value:g}{more}"
+                break
+
+
+def _smaller(megapixels: float) -> Iterator[float]:
+    """Sizes to try: down from so many to a quarter of one, in round numbers."""
+    while megapixels > 0.3:
+        megapixels *= 0.95
+        yield float(f"{megapixels:.2g}")
+
+
 def _divide(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
-    slots, shared = settings.max_concurrency, _shares(settings, memory)
-    pictures = picture(need, settings) if memory.cpu else 0
-    beside = 0 if shared else _beside(need, settings)
+    plan, slots = MemoryPlan(need, settings, memory), settings.max_concurrency
+    pictures = plan.picture * memory.cpu
+    # The tower's own memory: one picture is in it, while another is prefilled.
+    beside = 0 if plan.shared else need.tower + need.features * (slots > 1)
     asked = max(0, settings.kv_cache_mb * MIB - slots * need.state) // need.kv_token
-    tokens = (asked or _tokens(need, settings)) * need.token
-    least = max(need.tower, tokens + need.features) if shared else beside + tokens
-    plan = MemoryPlan(need, settings, sum(memory.free), bool(memory.shares), shared=shared)
-    plan, spare = _spare(plan, memory, least, beside)
-    if spare <= 0:
-        return replace(plan, problem=_NO_ROOM if plan.loaded else "the weights do not fit")
+    tokens = (asked or plan.largest) * need.token
+    least = max(need.tower, tokens + need.features) if plan.shared else beside + tokens
+    plan, spare = _spare(plan, least, beside)
     if spare < least + pictures:
         own = "QWENVL_KV_CACHE_MB does not fit beside the weights"
-        return replace(plan, problem=own if settings.kv_cache_mb else _NO_ROOM)
+        why = own if settings.kv_cache_mb else _NO_ROOM
+        if spare <= 0:
+            why = _NO_ROOM if memory.shares else "the weights do not fit"
+        return replace(plan, problem=why)
     prefix_cache = min(settings.prefix_cache_mb * MIB, spare - least - pictures)
-    room = spare - prefix_cache - slots * pictures
+    room, tight = spare - prefix_cache - slots * pictures, None
     if room < least:
-        room = least
-        plan = replace(plan, tight="the largest picture in every slot at once does not fit")
+        tight = "the largest picture in every slot at once does not fit"
+    if asked and asked < plan.largest:
+        tight = "QWENVL_KV_CACHE_MB is too small for the largest request: it is refused"
     # No more than every slot could use, whatever is asked.
     prompt = need.picture_tokens + settings.max_prompt_chars + settings.max_new_tokens
     each = min(need.max_length, prompt) * need.token + need.features
-    room = min(room, slots * each + need.tower) - beside
-    plan = replace(plan, prefix_cache=prefix_cache, room=room, tokens=asked or room // need.token)
-    if plan.tokens < _tokens(need, settings):
-        why = "QWENVL_KV_CACHE_MB is too small for the largest request: it is refused"
-        return replace(plan, tight=why) if asked else replace(plan, problem=_NO_ROOM)
-    return plan
+    room = min(max(room, least), slots * each + need.tower) - beside
+    tokens = asked or room // need.token
+    return replace(plan, prefix_cache=prefix_cache, room=room, tokens=tokens, tight=tight)
 
 
-def _spare(plan: MemoryPlan, memory: Memory, least: int, beside: int) -> tuple[MemoryPlan, int]:
+def _spare(plan: MemoryPlan, least: int, beside: int) -> tuple[MemoryPlan, int]:
     """What the weights leave, of which ``least`` is wanted; the plan with where they go."""
-    need, devices = plan.need, len(memory.free)
-    usable = [_usable(need, plan.settings, size, cpu=memory.cpu) for size in memory.free]
-    if plan.loaded:  # each layer's keys lie beside its weights
+    need, memory, devices = plan.need, plan.memory, len(plan.memory.free)
+    margin = _GPU_MARGIN
+    if memory.cpu:
+        margin = max(_CPU_MARGIN, int(_CPU_SHARE * memory.free[0])) + LIBRARIES + need.tokenizer
+    usable = [size - margin - plan.fixed for size in memory.free]
+    if memory.shares:  # each layer's keys lie beside its weights
         sizes = zip([usable[0] - beside, *usable[1:]], memory.shares, strict=True)
         return plan, beside + int(min(size / share for size, share in sizes if share))
     # Layers go to a device as a whole: on each but the last, less than one may find no place.
@@ -195,37 +232,3 @@ def _spare(plan: MemoryPlan, memory: Memory, least: int, beside: int) -> tuple[M
             limits[number] = max(0, size - (least - beside) // devices - beside * (not number))
         plan = replace(plan, max_memory=limits)
     return plan, spare
-
-
-def _shares(settings: Settings, memory: Memory) -> bool:
-    """Whether KV cache and tower do. A compiled step's cache does not shrink with what lives."""
-    return len(memory.free) == 1 and settings.compile == "off" and not settings.kv_cache_mb
-
-
-def _beside(need: Footprint, settings: Settings) -> int:
-    """The tower's own memory: one picture is in it, while another is prefilled."""
-    return need.tower + need.features * (settings.max_concurrency > 1)
-
-
-def _usable(need: Footprint, settings: Settings, free: int, *, cpu: bool) -> int:
-    """Of a device, for weights and caches."""
-    margin = _GPU_MARGIN
-    if cpu:
-        margin = max(_CPU_MARGIN, int(_CPU_SHARE * free)) + LIBRARIES + need.tokenizer
-    return free - margin - _fixed(need, settings)
-
-
-def _fixed(need: Footprint, settings: Settings) -> int:
-    return settings.max_concurrency * need.state + settings.prefill_chunk * need.chunk_token
-
-
-def _tokens(need: Footprint, settings: Settings) -> int:
-    """Of the largest request."""
-    return min(need.picture_tokens + _PROMPT + settings.max_new_tokens, need.max_length)
-
-
-def _smaller(megapixels: float) -> Iterator[float]:
-    """Sizes to try: down from so many to a quarter of one, in round numbers."""
-    while megapixels > 0.3:
-        megapixels *= 0.95
-        yield float(f"{megapixels:.2g}")

@@ -22,13 +22,15 @@ log = logging.getLogger(__name__)
 _IMAGE_PROCESSORS = re.compile(r"Qwen\w*VLImageProcessor(Fast|Pil)?")
 
 
-def load(checkpoint: Checkpoint, config: Any) -> tuple[Any, PreTrainedTokenizerBase, PromptBuilder]:
+def load(
+    checkpoint: Checkpoint, config: Any
+) -> tuple[Patcher, PreTrainedTokenizerBase, PromptBuilder]:
     """The image processor, the tokenizer and the prompts of ``checkpoint``.
 
     ``config`` is the model's. Raises ModelLoadError, also if they are not of one checkpoint.
     """
     directory = checkpoint.directory
-    processor = image_processor(directory)
+    patcher = Patcher(image_processor(directory))
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception:  # whatever its parsers have for what they do not understand
@@ -38,15 +40,15 @@ def load(checkpoint: Checkpoint, config: Any) -> tuple[Any, PreTrainedTokenizerB
             "not weights again"
         ) from None
     _check_tokenizer(tokenizer, config)
-    _check_processor(Patcher(processor), config.vision_config)
+    _check_processor(patcher, config.vision_config)
     try:
-        prompts = PromptBuilder(tokenizer, checkpoint.chat_template, processor.merge_size)
+        prompts = PromptBuilder(tokenizer, checkpoint.chat_template, patcher.merge)
     except (ValueError, TemplateError):
         raise ModelLoadError(
             "the chat template does not place one image and then the user's text; take the "
             "checkpoint's own"
         ) from None
-    return processor, tokenizer, prompts
+    return patcher, tokenizer, prompts
 
 
 def image_processor(directory: Path) -> Any:

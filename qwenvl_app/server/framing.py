@@ -11,6 +11,8 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Callable, Generator
+from typing import NamedTuple
+from urllib.parse import unquote
 
 from gunicorn.config import Config
 from gunicorn.http import errors as http
@@ -24,6 +26,8 @@ _PIECE = 64 * 1024  # bytes that gunicorn's parser gets at a time; it copies the
 _MAX_CHUNKS = 8192
 # What its parser accepts as a first line, or more: a complete line that is otherwise is refused.
 _REQUEST_LINE = re.compile(rb"[^ ]+ [\x21-\x7e]+ HTTP/\d\.\d")
+# What can be told of a first line that is not valid, or not whole: the path, once it has ended.
+_PATH = re.compile(rb"(?:\r\n)?[^ \r\n]+ (?:https?://[^/ \r\n]*)?(/[^? \r\n]*)[? ]")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]+)(?:" + CHUNK_EXT_RE.pattern + rb")")
 
@@ -39,16 +43,23 @@ class State(enum.Enum):
     TOO_LARGE = enum.auto()  # a chunked body over the limit
 
 
-class Rules:
+class Asked(NamedTuple):
+    """What is asked for, as far as the request's first bytes tell, valid or not."""
+
+    path: str  # as WSGI has it; "" if it is not known
+    is_head: bool  # HEAD, whose answer has no body
+
+
+class FramingLimits:
     """What all requests are held to.
 
-    ``max_body`` is in bytes. ``admits`` says of a valid head whether its body is worth waiting for.
+    ``max_body`` is in bytes. ``wants_body`` says of a valid head whether its body is waited for.
     """
 
     def __init__(
-        self, cfg: Config, max_body: int, admits: Callable[[Request], bool] = lambda _: True
+        self, cfg: Config, max_body: int, wants_body: Callable[[Request], bool] = lambda _: True
     ):
-        self.cfg, self.max_body, self.admits = cfg, max_body, admits
+        self.cfg, self.max_body, self.wants_body = cfg, max_body, wants_body
         # Its limits as gunicorn understands them: 0 and what is over its own bounds mean others.
         sample = Request(cfg, IterUnreader([b"GET / HTTP/1.1\r\n\r\n"]), ("", 0))
         self.max_line: int = sample.limit_request_line
@@ -64,13 +75,13 @@ class Incoming:
     to the connection's next request.
     """
 
-    def __init__(self, rules: Rules, peer: object = ("", 0)):
+    def __init__(self, limits: FramingLimits, peer: object = ("", 0)):
         self.buffer = bytearray()
         self.state = State.HEAD
         self.end = 0
         self.request: Request | None = None  # the head, as soon as it is whole and valid
         self.fault: Exception | None = None
-        self._rules, self._peer = rules, peer
+        self._limits, self._peer = limits, peer
         self._line_is_whole = False  # the request line
         self._scanned = 0  # where looking for the next mark goes on
         self._body = 0  # where the body begins
@@ -91,9 +102,11 @@ class Incoming:
         return any(name == "EXPECT" for name, _ in self.request.headers)  # others are refused
 
     @property
-    def is_head(self) -> bool:
-        """Whether HEAD is asked for, whose answer has no body; told by the first bytes."""
-        return self.buffer[:7].removeprefix(b"\r\n").startswith(b"HEAD ")
+    def asked(self) -> Asked:
+        """What its answer, or a refusal in its place, has to be like."""
+        path = _PATH.match(self.buffer)
+        is_head = self.buffer[:7].removeprefix(b"\r\n").startswith(b"HEAD ")
+        return Asked(unquote(path[1].decode("latin-1")) if path else "", is_head)
 
     def feed(self, data: bytes | bytearray | memoryview) -> State:
         """Take more bytes; says how far the request has come."""
@@ -120,29 +133,29 @@ class Incoming:
             self._line_is_whole = line_end >= 0
             if self._line_is_whole and not _REQUEST_LINE.fullmatch(buffer, start, line_end):
                 return State.REFUSED
-            if not self._line_is_whole and len(buffer) - start - 2 > self._rules.max_line:
+            if not self._line_is_whole and len(buffer) - start - 2 > self._limits.max_line:
                 return State.REFUSED
         head_end = buffer.find(b"\r\n\r\n", max(start, self._scanned - 3))
         if head_end >= 0:
-            return self._judge_head(head_end + 4)
-        refused = len(buffer) > self._rules.max_head or _BARE_LF.search(buffer, self._scanned)
+            return self._check_head(head_end + 4)
+        refused = len(buffer) > self._limits.max_head or _BARE_LF.search(buffer, self._scanned)
         self._scanned = len(buffer)
         return State.REFUSED if refused else State.HEAD
 
-    def _judge_head(self, end: int) -> State:
+    def _check_head(self, end: int) -> State:
         try:
             head = IterUnreader([bytes(self.buffer[:end])])
-            request = Request(self._rules.cfg, head, self._peer)
+            request = Request(self._limits.cfg, head, self._peer)
         except Exception:  # whatever it is: the same parser raises it again where it is answered
             return State.REFUSED
         self.request, self._body, self._scanned = request, end, end
         reader = request.body.reader if request.body else None
         if isinstance(reader, LengthReader):  # of length 0 if there is no body; else it is chunked
-            if reader.length > self._rules.max_body:
+            if reader.length > self._limits.max_body:
                 return self._refuse()
             self.end = end + reader.length
         state = self._read_body()
-        return state if state is State.WHOLE or self._rules.admits(request) else self._refuse()
+        return state if state is State.WHOLE or self._limits.wants_body(request) else self._refuse()
 
     def _refuse(self) -> State:
         """By the head: it is all that the application gets, and all that is kept."""
@@ -153,7 +166,7 @@ class Incoming:
         if self.end:
             return State.WHOLE if len(self.buffer) >= self.end else State.BODY
         # The frame of a chunked body may not be much larger than what it can carry.
-        if len(self.buffer) - self._body > 2 * self._rules.max_body + self._rules.max_fields:
+        if len(self.buffer) - self._body > 2 * self._limits.max_body + self._limits.max_fields:
             return State.TOO_LARGE
         state = None
         try:
@@ -174,7 +187,7 @@ class Incoming:
                 raise http.ChunkMissingTerminator(bytes(buffer[start : start + 2]))
             start += 2
         line_end = buffer.find(b"\r\n", start)
-        if (line_end if line_end >= 0 else len(buffer)) - start > self._rules.max_size_line:
+        if (line_end if line_end >= 0 else len(buffer)) - start > self._limits.max_size_line:
             raise http.InvalidChunkSize(b"a line that is too long")
         if line_end < 0:
             return State.BODY
@@ -184,7 +197,7 @@ class Incoming:
         size = int(line[1], 16)
         self._chunks += 1
         self._chunked += size
-        if self._chunked > self._rules.max_body or self._chunks > _MAX_CHUNKS:
+        if self._chunked > self._limits.max_body or self._chunks > _MAX_CHUNKS:
             return State.TOO_LARGE
         self._scanned = line_end + 2 + size
         if not size:
@@ -197,7 +210,7 @@ class Incoming:
             self.end = start + 2
             return State.WHOLE
         found = buffer.find(b"\r\n\r\n", max(start, self._scanned - 3))
-        if (found if found >= 0 else len(buffer)) - start > self._rules.max_fields:
+        if (found if found >= 0 else len(buffer)) - start > self._limits.max_fields:
             raise http.LimitRequestHeaders("trailer section")
         if found >= 0:
             assert self.request is not None  # noqa: S101  # or there would be no body

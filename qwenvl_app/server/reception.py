@@ -1,4 +1,4 @@
-"""Reads each connection until it holds a whole request: without blocking, under limits.
+"""Request buffering: reads each connection, without blocking, until it holds a whole request.
 
 Everything here runs on the thread of the worker's loop.
 """
@@ -19,8 +19,9 @@ from qwenvl_app.errors import ServiceError, Unavailable
 from qwenvl_app.server import refusals
 from qwenvl_app.server.connection import SEND_TIMEOUT_S, Connection
 from qwenvl_app.server.connections import Connections
-from qwenvl_app.server.framing import Rules, State
+from qwenvl_app.server.framing import FramingLimits, State
 from qwenvl_app.server.limits import Limits
+from qwenvl_app.server.outgoing import Outgoing
 from qwenvl_app.web.errors import malformed, of_http, too_large
 
 # Bytes at a time. Of a body much, since every call may wait for the GIL; of a head less, since what
@@ -34,8 +35,8 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class Reception:
     """All connections. A thread gets those whose request is there by ``take``, and none before.
 
-    ``admits`` says of a head whether its body is worth waiting for; if not, the application gets
-    the head alone, to say so.
+    ``wants_body`` says of a head whether its body is waited for; if not, the application gets the
+    head alone, to say so.
     """
 
     def __init__(
@@ -44,10 +45,10 @@ class Reception:
         limits: Limits,
         poller: selectors.BaseSelector,
         refuser: refusals.Refusals,
-        admits: Callable[[Request], bool],
+        wants_body: Callable[[Request], bool],
     ):
         self._cfg, self._limits, self._refuser = cfg, limits, refuser
-        self.connections = Connections(poller, Rules(cfg, limits.body, admits))
+        self.connections = Connections(poller, FramingLimits(cfg, limits.body, wants_body))
         self.stopping = False
         self._heads: deque[Connection] = deque()  # requests that wait for a thread
         self._bodies: deque[Connection] = deque()  # the same, those with a body
@@ -81,7 +82,8 @@ class Reception:
                 if error.errno in _FULL and self._make_room():
                     continue
                 return
-            conn = Connection(self._cfg, sock, client, listener.getsockname())
+            outgoing = Outgoing(sock, self.connections.answers)
+            conn = Connection(self._cfg, outgoing, client, listener.getsockname())
             self.connections.add(conn)
             self._await(conn, self._limits.head_s)
             self._receive(conn)
@@ -105,21 +107,21 @@ class Reception:
     def begin_stop(self) -> None:
         """Refuse all requests that are not whole."""
         self.stopping = True
-        for conn in [conn for conn in self.connections.watched if conn.buffered]:
+        for conn in [c for c in self.connections.watched if c.buffered and not c.sock.unsent]:
             self.refuse(conn, Unavailable.stopping(), "stopping")
 
     def last_orders(self) -> None:
         """Leave connections that wait for a request but a moment."""
         last = time.monotonic() + _LAST_WORDS_S
         for conn in self.connections.watched:
-            if not conn.lingering:
+            if not conn.lingering and not conn.sock.unsent:
                 conn.expires = min(conn.expires, last)
 
     def expire(self) -> None:
         """Deal with those whose time is over."""
         now = time.monotonic()
         for conn in [conn for conn in self.connections.watched if conn.expires <= now]:
-            if not conn.buffered:
+            if conn.sock.unsent or not conn.buffered:
                 self.connections.close(conn)
             elif self.stopping:
                 self.refuse(conn, Unavailable.stopping(), "stopping")
@@ -142,8 +144,15 @@ class Reception:
             self.connections.count(conn)
         return conn
 
-    def resume(self, conn: Connection) -> None:
-        """After an answer: the next request of a connection that is kept."""
+    def finish(self, conn: Connection, *, is_last: bool) -> None:
+        """After an answer: have it read, then expect the next request, or close if it ``is_last``.
+
+        For all of it a client has no longer than a request may take.
+        """
+        then = self.connections.linger if is_last else self._resume
+        self.connections.deliver(conn, conn.taken.arrived + self._limits.request_s, then)
+
+    def _resume(self, conn: Connection) -> None:
         conn.kept = True
         self._await(conn, _LAST_WORDS_S if self.stopping else self._limits.idle_s)
         if conn.buffered:
@@ -156,8 +165,10 @@ class Reception:
         self.connections.linger(conn)
 
     def _answer(self, conn: Connection, error: ServiceError, why: str) -> None:
-        head, is_head = conn.incoming.request, conn.incoming.is_head
-        self._refuser.send(conn, error, why, head, is_head=is_head)
+        if conn.sock.unsent:  # of the answer before this one
+            return
+        head, asked = conn.incoming.request, conn.incoming.asked
+        self._refuser.send(conn, error, why, head, asked)
 
     def _receive(self, conn: Connection) -> None:
         size = _RECEIVE_HEAD if conn.incoming.state is State.HEAD else _RECEIVE

@@ -13,6 +13,7 @@ from gunicorn.util import http_date
 
 from qwenvl_app.errors import ServiceError, Unavailable
 from qwenvl_app.server.connection import Connection
+from qwenvl_app.server.framing import Asked
 from qwenvl_app.web import proxies
 from qwenvl_app.web.errors import HttpError, render
 from qwenvl_app.web.request_id import HEADER, choose
@@ -22,7 +23,9 @@ log = logging.getLogger(__name__)
 
 def late() -> ServiceError:
     """Head or body did not arrive in time."""
-    return HttpError(408, "请求没有在规定的时间内发送完毕。")
+    return HttpError(
+        408, "请求没有在规定的时间内发送完毕。", "The request was not sent in the time it has."
+    )
 
 
 def crowded() -> ServiceError:
@@ -45,12 +48,11 @@ class Refusals:
         error: ServiceError,
         why: str,
         request: Request | None,
-        *,
-        is_head: bool,
+        asked: Asked,
     ) -> None:
         """Answer with ``error`` and log ``why``; the caller closes the connection.
 
-        ``request`` is the head, if it can be read; ``is_head``: the answer gets no body.
+        ``request`` is the head, if it can be read.
         """
         self._count(error)  # before it is sent, so that who has the answer finds it counted
         headers = request.headers if request else []
@@ -58,7 +60,7 @@ class Refusals:
         client = proxies.client(conn.client, headers, self._hops)
         fields = {"client": client, "status": error.status, "reason": error.reason}
         log.info("refused: %s", why, extra={"request_id": request_id, "fields": fields})
-        status, more, body = render(error, request_id)
+        status, more, body = render(error, request_id, asked.path)
         head = [
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
             "Server: gunicorn",
@@ -69,7 +71,7 @@ class Refusals:
             *(f"{name}: {value}" for name, value in more.items()),
         ]
         data = "\r\n".join([*head, "", ""]).encode("latin-1")
-        write(conn.sock, data if is_head else data + body)
+        write(conn.sock, data if asked.is_head else data + body)
 
 
 def write(sock: socket.socket, data: bytes) -> None:

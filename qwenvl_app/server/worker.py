@@ -105,9 +105,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             req.force_close()
         try:
             return bool(super().handle_request(req, conn)) and not req.body.failed
-        except BlockingIOError:  # SO_SNDTIMEO
-            self.log.info("a client did not read its answer")
-            return False
         finally:
             # gunicorn would read what nobody has of this request's body, or close if it is long;
             # but it is not in the way of the next request: it is in memory, and its end is known.
@@ -118,8 +115,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     ) -> None:
         """Answer a request that the application does not."""
         conn: Connection = self._thread.conn
-        is_head = conn.taken.is_head
-        self.refuser.send(conn, of_http(exc), type(exc).__name__, req, is_head=is_head)
+        self.refuser.send(conn, of_http(exc), type(exc).__name__, req, conn.taken.asked)
 
     def handle_quit(self, sig: int, frame: object) -> None:
         """SIGINT and SIGQUIT: end at once, whatever the threads are doing."""
@@ -131,7 +127,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         settings = current()
         limits = Limits.of(settings, self.cfg)
         self.refuser = Refusals(self._count, settings.trusted_hops)
-        self.reception = Reception(self.cfg, limits, self.poller, self.refuser, self._admits)
+        self.reception = Reception(self.cfg, limits, self.poller, self.refuser, self._wants_body)
         queue = self.method_queue
         self.poller.register(queue.fileno(), selectors.EVENT_READ, queue.run_callbacks)
         while self.alive and self.is_parent_alive():
@@ -148,7 +144,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         if refused := hook(self.app.callable, "refused"):
             refused(error.status, error.reason)
 
-    def _admits(self, req: Request) -> bool:
+    def _wants_body(self, req: Request) -> bool:
         """Whether to wait for a request's body. Not without a key, wherever it is sent."""
         has_key = hook(self.app.callable, "has_key")
         # As gunicorn tells it the application.
@@ -175,14 +171,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.enqueue_req(conn)
 
     def finish_request(self, conn: Connection, fs: Future[bool]) -> None:
-        """The thread is done: wait for the connection's next request, or close it."""
+        """The thread is done: send the rest of the answer, as its client reads, and go on."""
         self._busy.remove(conn)
         conn.taken.pieces.close()  # of a body that nobody read
         self._bodies -= conn.taken.has_body
-        if fs.exception() is None and fs.result():
-            self.reception.resume(conn)
-        else:
-            self.reception.connections.linger(conn)
+        self.reception.finish(conn, is_last=fs.exception() is not None or not fs.result())
 
     def _take_the_last(self) -> None:
         """Accept all who are connected, or about to be, and let nobody else connect."""

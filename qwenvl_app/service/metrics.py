@@ -111,7 +111,7 @@ class Metrics:
             self._of_failure(status_code).labels(reason)
         for reason in LATE:
             self._failed.labels(reason)
-        self.registry.register(_State(admission, status, stats))
+        self.registry.register(_Gauges(admission, status, stats))
         ProcessCollector(registry=self.registry)
 
     def count(self, record: RequestRecord, route: str, status: int, *, generates: bool) -> None:
@@ -178,7 +178,7 @@ class Metrics:
         return Counter(PREFIX + name, f"{text}.", labels, registry=self.registry)
 
 
-class _State(Collector):
+class _Gauges(Collector):
     """Gauges that are asked for at the time of a scrape."""
 
     def __init__(

@@ -26,7 +26,7 @@ from qwenvl_app.web.answering import Answering, Service
 from qwenvl_app.web.chat_schema import ChatMessage, ChatRequest, ImagePart, TextPart
 from qwenvl_app.web.errors import as_service_error, dumps, openai_error
 from qwenvl_app.web.image_parts import load_image
-from qwenvl_app.web.json_body import read_json
+from qwenvl_app.web.json_body import in_turn, read_json
 from qwenvl_app.web.tool_calls import CallReader
 
 Json = dict[str, Any]
@@ -60,8 +60,8 @@ def blueprint(service: Service) -> Blueprint:
     def chat() -> Response:
         """An answer in one piece, or as events."""
         with Answering(service) as answering:
-            with answering.record.stage("read"):
-                asked = ChatRequest.parse(read_json(request), settings.max_new_tokens)
+            with answering.record.stage("read"), in_turn(request, answering.deadline):
+                asked = ChatRequest.parse(read_json(request))
                 _check_length(asked, settings.max_prompt_chars)
             fetched = answering.fetch(_addresses(asked))
             answering.admit()
@@ -104,16 +104,15 @@ def _request(
             _message(message, number, answering, settings, fetched)
             for number, message in enumerate(asked.messages)
         )
-    options, pixels = asked.chat_template_kwargs, asked.mm_processor_kwargs
     return GenerationRequest(
         messages,
         answering.request_id,
         asked.sampling(settings.repetition_limit),
         stream=bool(asked.stream),
         deadline=answering.deadline.at,
-        template_options=options.model_dump(exclude_none=True),
+        template_options=asked.template_options,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-        pixels=(pixels.min_pixels, pixels.max_pixels),
+        pixels=asked.pixels,
         tools=asked.offered,
         constraint=asked.constraint,
         originals=tuple(answering.originals),
@@ -187,7 +186,7 @@ class _Answer:
                     tokens = delta.logprobs if number == len(said) - 1 else ()
                     yield self._chunk(each, self._logprobs(tokens))
             yield self._chunk({}, finish=self._finish())
-            if self._asked.stream_options and self._asked.stream_options.include_usage:
+            if self._asked.include_usage:
                 yield self._event({"choices": []} | self._account())
         except Exception as failure:
             error = as_service_error(failure, self._answering.request_id)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from qwenvl_app.generation import CALL_MARKS, Constraint, SamplingParams
+from qwenvl_app.web.chat_neutral import Label, NeutralMessage, NeutralRequest, Off
+from qwenvl_app.web.complaints import complaint
 from qwenvl_app.web.errors import InvalidParameter
+from qwenvl_app.web.response_format import JsonObject, JsonSchemaFormat, ResponseFormat
 from qwenvl_app.web.sampling_fields import SamplingFields, StopText
 from qwenvl_app.web.strict_model import StrictModel as _Model
 from qwenvl_app.web.tool_schema import (
@@ -26,11 +30,18 @@ _MAX_MESSAGES = 1000
 _MAX_PARTS = 1000
 
 
-class ImageURL(_Model):
-    """Where a picture is; of ``detail`` there is one level only."""
+def _expect_ascii(url: str) -> str:
+    """A picture of 20 MB with one Chinese character in it would be kept as 40, and be none."""
+    if url.startswith("data:") and not url.isascii():
+        raise PydanticCustomError("base64", "it is not valid base64.")
+    return url
 
-    url: str
-    detail: Literal["auto"] = "auto"
+
+class ImageURL(_Model):
+    """Where a picture is; of ``detail`` there is the highest level only."""
+
+    url: Annotated[str, AfterValidator(_expect_ascii)]
+    detail: Literal["auto", "high"] | None = None
 
 
 class TextPart(_Model):
@@ -50,14 +61,14 @@ class ImagePart(_Model):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class ChatMessage(_Model):
+class ChatMessage(_Model, NeutralMessage):
     """One turn; ``developer`` is a newer name of ``system``.
 
     An assistant's with ``tool_calls`` may have no content. A ``tool``'s is the result of a call.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(max_length=_MAX_PARTS)] | None = None
+    content: str | Annotated[list[Part], Field(max_length=_MAX_PARTS, fail_fast=True)] | None = None
     reasoning_content: str | None = None
     tool_calls: Calls | None = None
     tool_call_id: str | None = None
@@ -86,85 +97,45 @@ class PixelLimits(_Model):
 class StreamOptions(_Model):
     """What a stream says beside the answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Off | None = None
 
 
-class TextFormat(_Model):
-    """Any text."""
+class ChatRequest(_Model, SamplingFields, NeutralRequest):
+    """``model`` has no effect: there is one. A longest answer over the service's own is that."""
 
-    type: Literal["text"]
-
-
-class JsonObject(_Model):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-
-class JsonSchema(_Model):
-    """``schema`` is held to whether or not ``strict``; a ``description`` has no effect."""
-
-    name: str
-    description: str | None = None
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
-    strict: bool | None = None
-
-
-class JsonSchemaFormat(_Model):
-    """JSON that a schema admits."""
-
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-ResponseFormat = Annotated[TextFormat | JsonObject | JsonSchemaFormat, Field(discriminator="type")]
-
-
-class ChatRequest(_Model, SamplingFields):
-    """``user``, ``metadata`` and ``store`` are taken and have no effect: nothing is stored."""
-
-    model: str | None = None
-    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_MESSAGES)
+    model: Label | None = None
+    messages: list[ChatMessage] = Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     ignore_eos: bool | None = None
-    n: Literal[1] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    chat_template_kwargs: TemplateOptions = TemplateOptions()
-    mm_processor_kwargs: PixelLimits = PixelLimits()
+    chat_template_kwargs: TemplateOptions | None = None
+    mm_processor_kwargs: PixelLimits | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
 
     @classmethod
-    def parse(cls, body: dict[str, Any], max_new_tokens: int) -> ChatRequest:
+    def parse(cls, body: dict[str, Any]) -> ChatRequest:
         """Validate ``body``. Raises InvalidParameter, which names the first wrong field."""
         try:
             parsed = cls.model_validate(body)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            param = ".".join(str(step)[:100] for step in first["loc"])
-            said = "it is not supported" if first["type"] == "extra_forbidden" else first["msg"]
-            raise InvalidParameter(f"{param}: {said}", param) from None
+            raise complaint(error, body) from None
         both = (parsed.max_tokens, parsed.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise InvalidParameter(
                 "max_tokens and max_completion_tokens differ: send one of them.", "max_tokens"
             )
-        if (parsed.limit or 0) > max_new_tokens:
-            name = "max_tokens" if parsed.max_tokens else "max_completion_tokens"
-            raise InvalidParameter(f"{name}: the limit here is {max_new_tokens}.", name)
-        if parsed.top_logprobs is not None and not parsed.logprobs:
+        if parsed.top_logprobs and not parsed.logprobs:
             raise InvalidParameter("top_logprobs: only with logprobs.", "top_logprobs")
-        if parsed.stream_options and not parsed.stream:
+        if parsed.include_usage and not parsed.stream:
             raise InvalidParameter("stream_options: only with stream.", "stream_options")
         check_choice(parsed.tools or (), parsed.tool_choice)
         if parsed.offered and parsed.constraint and parsed.constraint.kind == "json":
@@ -173,9 +144,26 @@ class ChatRequest(_Model, SamplingFields):
         return parsed.model_copy(update={"messages": in_order(parsed.messages)})
 
     @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with what it cost."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
     def limit(self) -> int | None:
-        """The longest answer, in tokens."""
+        """The longest answer, in tokens; the engine has a limit of its own."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """For the chat template; what was not sent is its own."""
+        options = self.chat_template_kwargs
+        return options.model_dump(exclude_none=True) if options else {}
+
+    @property
+    def pixels(self) -> tuple[int | None, int | None]:
+        """The least and the most of a picture; None leaves the checkpoint's."""
+        limits = self.mm_processor_kwargs or PixelLimits()
+        return limits.min_pixels, limits.max_pixels
 
     @property
     def characters(self) -> int:

@@ -26,22 +26,34 @@ log = logging.getLogger(__name__)
 
 # What gunicorn's parser raises; of the others that it calls a ParseException, ``malformed`` tells.
 _KINDS = {
-    http.LimitRequestLine: (414, "请求的网址过长。"),
-    http.LimitRequestHeaders: (431, "请求的首部过多或过长。"),
-    http.ExpectationFailed: (417, "不支持请求首部 Expect 的内容。"),
-    http.UnsupportedTransferCoding: (501, "不支持请求的传输编码。"),
+    http.LimitRequestLine: (414, "请求的网址过长。", "The URL is too long."),
+    http.LimitRequestHeaders: (
+        431,
+        "请求的首部过多或过长。",
+        "The headers are too many or too long.",
+    ),
+    http.ExpectationFailed: (
+        417,
+        "不支持请求首部 Expect 的内容。",
+        "This value of the header Expect is not supported.",
+    ),
+    http.UnsupportedTransferCoding: (
+        501,
+        "不支持请求的传输编码。",
+        "This Transfer-Encoding is not supported.",
+    ),
 }
 
 
 class HttpError(ServiceError):
-    """A status that only HTTP itself has."""
+    """A status that only HTTP itself has; ``english`` as of ``BadRequest``."""
 
     status = 400
     reason = "bad_request"
 
-    def __init__(self, status: int, detail: str):
+    def __init__(self, status: int, detail: str, english: str | None = None):
         super().__init__(detail)
-        self.status = status
+        self.status, self.english = status, english
 
 
 class InvalidParameter(ServiceError):
@@ -80,7 +92,7 @@ _ENGLISH = {
 
 def openai_error(error: ServiceError, request_id: str) -> dict[str, object]:
     """The answer to ``error`` in OpenAI's shape (openai-openapi, ``ErrorResponse``)."""
-    message = error.english if isinstance(error, BadRequest) else None
+    message = error.english if isinstance(error, BadRequest | HttpError) else None
     if message is None and isinstance(error.detail, str) and error.detail.isascii():
         message = error.detail
     message = message or _ENGLISH.get(error.reason, "Something failed in here.")
@@ -101,18 +113,27 @@ def as_service_error(error: Exception, request_id: str) -> ServiceError:
     return Unavailable.exhausted() if is_out_of_memory(error) else _ours()
 
 
-def render(error: ServiceError, request_id: str) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of the answer to ``error``. Any thread, in or out of a request."""
-    detail = error.detail
-    if isinstance(error, InternalError):
-        detail = f"{INTERNAL_PREFIX}{detail}（请求编号 {request_id}）"
+def render(
+    error: ServiceError, request_id: str, path: str = ""
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the answer to ``error``. Any thread, in or out of a request.
+
+    ``path`` is what was asked for, which decides the shape; "" if that is not known.
+    """
     headers = {"Content-Type": "application/json"}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    body = dumps({"detail": detail}).encode()
-    return error.status, headers, body
+    return error.status, headers, dumps(_content(error, request_id, path)).encode()
+
+
+def _content(error: ServiceError, request_id: str, path: str) -> dict[str, object]:
+    if path in OPENAI_ROUTES:
+        return openai_error(error, request_id)
+    if isinstance(error, InternalError):
+        return {"detail": f"{INTERNAL_PREFIX}{error.detail}（请求编号 {request_id}）"}
+    return {"detail": error.detail}
 
 
 def dumps(content: dict[str, object]) -> str:
@@ -127,13 +148,16 @@ def too_large(max_body: int) -> ServiceError:
 
 def malformed() -> ServiceError:
     """What is no HTTP, or not all of it."""
-    return BadRequest("请求不符合 HTTP 协议，无法解析。")
+    return BadRequest(
+        "请求不符合 HTTP 协议，无法解析。", "The request is no valid HTTP, or not all of it came."
+    )
 
 
 def of_http(error: BaseException) -> ServiceError:
     """What the client is told about an error that gunicorn reports; logged if it is our fault."""
     if isinstance(error, http.InvalidHTTPVersion) and isinstance(error.version, tuple):
-        return HttpError(505, "不支持请求的 HTTP 版本。")  # and no other text in its place
+        # And no other text in its place.
+        return HttpError(505, "不支持请求的 HTTP 版本。", "This version of HTTP is not supported.")
     if type(error) in _KINDS:
         return HttpError(*_KINDS[type(error)])
     ours = (http.InvalidResponseHeader, http.InvalidResponseHeaderName)
@@ -159,9 +183,7 @@ def register(app: Flask) -> None:
 
 def _service_error(error: ServiceError) -> Response:
     request_log.current().reason = error.reason
-    status, headers, body = render(error, g.request_id)
-    if request.path in OPENAI_ROUTES:
-        body = dumps(openai_error(error, g.request_id)).encode()
+    status, headers, body = render(error, g.request_id, request.path)
     return Response(body, status, headers)
 
 
@@ -170,10 +192,7 @@ def _http_error(error: HTTPException) -> Response:
     if isinstance(error, RequestEntityTooLarge):
         return _service_error(too_large(current_app.config["MAX_CONTENT_LENGTH"]))
     request_log.current().reason = error.name.lower().replace(" ", "_")
-    content: dict[str, object] = {"detail": error.name}
-    if request.path in OPENAI_ROUTES:
-        content = openai_error(HttpError(error.code or 500, error.name), g.request_id)
-    body = dumps(content)
+    body = dumps(_content(HttpError(error.code or 500, error.name), g.request_id, request.path))
     response = Response(body, error.code or 500, mimetype="application/json")
     for name, value in error.get_headers():
         if name.lower() != "content-type":

@@ -24,7 +24,7 @@ class SamplingFields(BaseModel):
         default=None, gt=0, le=1, description="Draw from the likeliest tokens of this total."
     )
     top_k: int | None = Field(
-        default=None, ge=0, le=2**31 - 1, description="Draw from so many tokens; 0: from all."
+        default=None, ge=-1, le=2**31 - 1, description="Draw from so many tokens; 0, -1: from all."
     )
     min_p: float | None = Field(
         default=None,
@@ -46,9 +46,13 @@ class SamplingFields(BaseModel):
         description="Divides the score of tokens that are there; 1: none.",
     )
     seed: int | None = Field(
-        default=None, ge=0, le=2**63 - 1, description="Makes a sampled answer repeatable."
+        default=None,
+        ge=-(2**63),
+        le=2**63 - 1,
+        description="Makes a sampled answer repeatable; -1: none, as for vLLM.",
     )
 
     def sent(self) -> dict[str, Any]:
         """Those that were sent, as arguments of ``SamplingParams``."""
-        return self.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
+        sent = self.model_dump(include=set(SamplingFields.model_fields), exclude_none=True)
+        return sent | {"seed": None} if self.seed == -1 else sent

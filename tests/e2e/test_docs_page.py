@@ -31,6 +31,7 @@ def said() -> list[str]:
 @pytest.fixture
 def page(browser: Browser, server: Server, said: list[str]) -> Iterator[Page]:
     with opened(browser, server.url) as page:
+        page.goto("about:blank")  # nothing that the page at / asks for is taken for ours
         page.on("console", lambda message: said.append(message.text))
         yield page
 

@@ -114,6 +114,7 @@ def unescape(text: bytes) -> bytes:
     return first + b"".join(bytes.fromhex(part[:2].decode()) + part[2:] for part in parts)
 
 
+@pytest.mark.slow  # tests/framing.py has a case of each kind, and needs no package built
 def test_the_requests_of_gunicorn(small: Server, requests_of_gunicorn: list[bytes]):
     """None of them is a failure of ours or a hang, and the worker is the same after them."""
     assert len(requests_of_gunicorn) > 130

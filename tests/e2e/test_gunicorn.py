@@ -25,6 +25,7 @@ from tests.waiting import until
 from tests.wire import END, GOOD, MULTIPART, PROMPT, ROUTE, encode, part, picture, post, send
 
 SAMPLES = ROOT / "demo" / "samples"
+GTHREAD = ("--worker-class", "gthread", "--threads", "1")
 TLS = (
     "terminate TLS in nginx (deploy/nginx.conf): a handshake here would hold up the one loop that "
     "reads every request"
@@ -243,8 +244,15 @@ def test_options_that_break_the_framing_stop_the_start(tmp_path: Path, options, 
     assert "Traceback" not in server.log.read_text()
 
 
-@pytest.mark.parametrize("options", [(), ("--worker-class", "gthread", "--threads", "1")])
-@pytest.mark.parametrize("name", ["plain", "flask"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plain", ()),
+        ("flask", GTHREAD),
+        pytest.param("flask", (), marks=pytest.mark.slow),
+        pytest.param("plain", GTHREAD, marks=pytest.mark.slow),
+    ],
+)
 def test_the_configuration_serves_other_applications(tmp_path: Path, name: str, options):
     """docs/first-day.md has one: the model without the engine."""
     server = Server(tmp_path / "log", f"tests.e2e.other_apps:{name}", options)
@@ -276,6 +284,7 @@ def test_settings_are_read_at_the_start_and_at_a_reload(tmp_path: Path):
         until(lambda: post(server.port, GOOD).status == 200, 30)
 
 
+@pytest.mark.slow  # without a model the test above sees it
 def test_a_killed_worker_comes_back(tmp_path: Path):
     with Server(tmp_path / "log") as server:
         server.wait()

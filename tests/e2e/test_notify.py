@@ -19,7 +19,7 @@ class Systemd:
         self._socket.bind(self.path)
         self.told: list[str] = []
 
-    def until(self, message: str, seconds: float = 60) -> None:
+    def until(self, message: str, seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
         while message not in self.told:
             self._socket.settimeout(max(0.01, deadline - time.monotonic()))
@@ -36,7 +36,7 @@ def test_ready_is_told_by_the_worker_once_the_model_answers(tmp_path: Path):
     """gunicorn's own READY came from the master, seconds before anything was loaded."""
     with (
         Systemd(tmp_path) as systemd,
-        Server(tmp_path / "log", NOTIFY_SOCKET=systemd.path) as server,
+        Server(tmp_path / "log", "tests.e2e.apps:app", NOTIFY_SOCKET=systemd.path) as server,
     ):
         systemd.until("WATCHDOG=1")
         assert "READY=1" not in systemd.told

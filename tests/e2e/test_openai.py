@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import openai
@@ -127,14 +129,60 @@ def test_errors_are_what_the_package_raises(client):
         client.models.retrieve("none")
 
 
-def test_a_stream_that_is_closed_half_way_frees_its_slot(client, server: Server):
-    endless = {"ignore_eos": True, "chat_template_kwargs": {}}
-    stream = create(client, stream=True, max_tokens=1000, extra_body=endless)
-    next(iter(stream))
-    stream.close()
+def endless(client: openai.OpenAI, request_id: str, **options):
+    """1,000 tokens, which take seconds."""
+    headers = {"X-Request-ID": request_id}
+    asked = {"max_tokens": 1000, "extra_body": {"ignore_eos": True}, "extra_headers": headers}
+    return create(client, **asked, **options)
 
+
+def cut(server: Server, request_id: str) -> int:
+    """How many answers to ``request_id`` were not made to their end, since nobody waited."""
+    lines = server.log.read_text().splitlines(keepends=True)
+    left = [line for line in lines if f"[{request_id}]" in line]
+    return sum(line.endswith("reason=client_gone\n") for line in left)
+
+
+def until_idle(server: Server) -> None:
     def samples() -> str:
         return send(server.port, "GET", "/metrics").body.decode()
 
     until(lambda: "\nqwenvl_num_requests_running 0.0\n" in samples(), said=samples)
+
+
+def test_a_stream_that_is_closed_half_way_frees_its_slot(client, server: Server):
+    stream = endless(client, "closed", stream=True)
+    next(iter(stream))
+    stream.close()
+    until_idle(server)
+    until(lambda: cut(server, "closed") == 1, said=server.log.read_text)
     assert create(client).choices[0].message.content == "circle"
+
+
+def test_clients_that_wait_no_longer_and_try_again_leave_nothing_behind(client, server: Server):
+    """Twice as many as there are slots, three times each: what they left behind would be 24."""
+    hasty = client.with_options(timeout=0.5, max_retries=2)
+
+    def ask(number: int) -> None:
+        with pytest.raises(openai.APITimeoutError):
+            endless(hasty, f"hasty-{number}")
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == [None] * 8
+    until_idle(server)
+    assert create(client).choices[0].message.content == "circle"
+
+    def reasons() -> set[str]:
+        log = server.log.read_text()
+        return set(re.findall(r"\[hasty-\d\].* status=(\d+ .* reason=\w+)\n", log))
+
+    until(reasons, said=server.log.read_text)
+    assert all(re.fullmatch("499 .* reason=client_gone", reason) for reason in reasons())
+
+
+def test_a_message_of_an_answer_may_be_handed_back_whole(client):
+    first = create(client).choices[0].message
+    more = {"role": "user", "content": "sure?"}
+    for said in (first, first.model_dump()):
+        answer = create(client, messages=[*ASKED, said, more], max_completion_tokens=9999)
+        assert answer.choices[0].finish_reason == "stop"

@@ -96,21 +96,19 @@ def test_192_slow_connections(tmp_path: Path):
     assert "Traceback" not in server.log.read_text()
 
 
-def test_the_application_is_told_when_a_request_began(tmp_path: Path):
+def test_the_application_is_told_when_a_request_began(fake: Server):
     """On one connection: the second request's age is its own."""
-    with Server(tmp_path / "log", FAKE) as server:
-        server.wait()
-        ages = []
-        with connect(server.port) as connection:
-            for seconds in (1.0, 0.0):
-                connection.sendall(get(length(5), line=b"POST /age HTTP/1.1"))
-                time.sleep(seconds)
-                connection.sendall(b"hello")
-                answer = receive(connection)
-                assert answer is not None
-                ages.append(json.loads(answer.body)["age"])
-        assert ages[0] >= 1
-        assert ages[1] < 1
+    ages = []
+    with connect(fake.port) as connection:
+        for seconds in (1.0, 0.0):
+            connection.sendall(get(length(5), line=b"POST /age HTTP/1.1"))
+            time.sleep(seconds)
+            connection.sendall(b"hello")
+            answer = receive(connection)
+            assert answer is not None
+            ages.append(json.loads(answer.body)["age"])
+    assert ages[0] >= 1
+    assert ages[1] < 1
 
 
 def test_100_clients_at_once_leave_threads_for_health_checks(tmp_path: Path):
@@ -175,48 +173,44 @@ def test_unfinished_uploads_have_a_bound_together(tmp_path: Path):
             assert answer.status == 400
 
 
-def test_clients_that_never_read_take_no_threads(tmp_path: Path):
+def test_clients_that_never_read_take_no_threads(fake: Server):
     """They ask again and again on one connection, until no answer fits into its buffers."""
-    with Server(tmp_path / "log", FAKE) as server:
-        server.wait()
-        asking = get() * 20_000
-        with contextlib.ExitStack() as stack:
-            for _ in range(30):
-                connection = stack.enter_context(connect(server.port))
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                connection.setblocking(False)
-                with contextlib.suppress(BlockingIOError):
-                    connection.send(asking)
-            for _ in range(30):
-                assert exchange(server.port, get(b"Connection: close"), timeout=1).status == 200
-                time.sleep(0.1)
-            assert post(server.port, GOOD).status == 200
+    asking = get() * 20_000
+    with contextlib.ExitStack() as stack:
+        for _ in range(30):
+            connection = stack.enter_context(connect(fake.port))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                connection.send(asking)
+        for _ in range(30):
+            assert exchange(fake.port, get(b"Connection: close"), timeout=1).status == 200
+            time.sleep(0.1)
+        assert post(fake.port, GOOD).status == 200
 
 
-def test_bodies_that_nobody_read_are_let_go(tmp_path: Path):
+def test_bodies_that_nobody_read_are_let_go(fake: Server):
     """An idle connection kept its last request's parser, and with it 20 MB of body."""
     body = bytes(19 * 2**20)
     head = get(length(len(body)), line=b"POST /livez HTTP/1.1")
-    with Server(tmp_path / "log", FAKE) as server:
-        server.wait()
-        status = Path(f"/proc/{server.worker}/statm")
-        before = int(status.read_text().split()[1]) * 4096
-        with contextlib.ExitStack() as stack:
-            for _ in range(12):
-                connection = stack.enter_context(connect(server.port))
-                connection.sendall(head + body)
-                answer = receive(connection)
-                assert answer is not None
-                assert answer.status == 405
-                connection.sendall(get())  # nor were they in the way of the next request
-                answer = receive(connection)
-                assert answer is not None
-                assert answer.status == 200
-            time.sleep(0.5)
-            assert int(status.read_text().split()[1]) * 4096 - before < 4 * len(body)
+    status = Path(f"/proc/{fake.worker}/statm")
+    before = int(status.read_text().split()[1]) * 4096
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            connection = stack.enter_context(connect(fake.port))
+            connection.sendall(head + body)
+            answer = receive(connection)
+            assert answer is not None
+            assert answer.status == 405
+            connection.sendall(get())  # nor were they in the way of the next request
+            answer = receive(connection)
+            assert answer is not None
+            assert answer.status == 200
+        time.sleep(0.5)
+        assert int(status.read_text().split()[1]) * 4096 - before < 4 * len(body)
 
 
-def test_a_flood_of_connections_leaves_the_loop_to_others(tmp_path: Path):
+def test_a_flood_of_connections_leaves_the_loop_to_others(fake: Server):
     """Accepting went on for as long as clients came, and the master killed the worker for it."""
     ended = threading.Event()
 
@@ -233,22 +227,20 @@ def test_a_flood_of_connections_leaves_the_loop_to_others(tmp_path: Path):
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
 
-    with Server(tmp_path / "log", FAKE) as server:
-        server.wait()
-        worker = server.worker
-        flooding = threading.Thread(target=flood, args=(server.port,))
-        flooding.start()
-        try:
-            with connect(server.port) as connection:
-                for _ in range(10):
-                    connection.sendall(get())
-                    assert receive(connection) is not None
-                    time.sleep(0.2)
-        finally:
-            ended.set()
-            flooding.join()
-        assert server.worker == worker
-        assert post(server.port, GOOD).status == 200
+    worker = fake.worker
+    flooding = threading.Thread(target=flood, args=(fake.port,))
+    flooding.start()
+    try:
+        with connect(fake.port) as connection:
+            for _ in range(10):
+                connection.sendall(get())
+                assert receive(connection) is not None
+                time.sleep(0.2)
+    finally:
+        ended.set()
+        flooding.join()
+    assert fake.worker == worker
+    assert post(fake.port, GOOD).status == 200
 
 
 def test_what_the_loop_refuses_is_counted_and_logged(tmp_path: Path):

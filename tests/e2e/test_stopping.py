@@ -38,7 +38,7 @@ def ask(port: int, answers: list[int | str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 20))]
+    "number", [*range(2), *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 20))]
 )
 def test_under_load(tmp_path: Path, number: int):
     """Every client that could connect is answered in full or with 503, and the end comes soon."""
