@@ -325,6 +325,30 @@ assert not set(sys.modules) & set({HEAVY!r}) and "qwenvl_app.prompts" not in sys
         assert done.stdout == "no torch\n"
 
 
+def test_the_doctor_asks_the_upstreams():
+    with BrokenUpstream() as ill, served(ScriptedBackend("x")) as url:
+        ill.well = "503 Service Unavailable"
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("QWENVL_")} | {
+            "QWENVL_BACKEND": "remote",
+            "QWENVL_REMOTE_URL": f"{url},{ill.url}",
+            "QWENVL_REMOTE_MODEL": "demo",
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "flask", "--app", "wsgi", "doctor"],
+            check=True,
+            cwd=ROOT,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    names = [each.removeprefix("http://") for each in (url, ill.url)]
+    assert done.stdout.splitlines() == [
+        f"ok    upstream {names[0]}: well",
+        f"FAIL  upstream {names[1]}: its /health says 503",
+    ]
+
+
 def test_the_requirements_are_some_of_those_of_the_whole():
     whole, remote = (
         [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]

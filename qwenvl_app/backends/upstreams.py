@@ -36,6 +36,7 @@ class Upstream:
         self.base = parts.path.rstrip("/").removesuffix("/v1")
         self.pool = pool(url, connections)
         self.problem: str | None = "not asked yet"  # None: the last probe was well
+        self.asked = threading.Event()  # it was probed
         self.for_operator = False  # whether waiting would not mend the problem
         self.running = 0
         self._lock = threading.Lock()
@@ -152,6 +153,11 @@ class Upstreams:
             return min(group, key=lambda each: (each.running, random.random()))
         return None
 
+    def wait(self) -> None:
+        """Until each was probed once. Bounded by the probes' time-outs."""
+        for each in self.all:
+            each.asked.wait()
+
     def close(self) -> None:
         """End the threads, and every exchange for which nothing was generated."""
         self._closed.set()
@@ -176,6 +182,7 @@ class Upstreams:
                 log.warning("upstream %s: %s", upstream.name, problem or "well")
             upstream.problem, upstream.for_operator = problem, for_operator
             self._judge()
+            upstream.asked.set()
             if failures == _PATIENCE and len(self.all) > 1:
                 upstream.send_away()
             pause = self._probe_s * min(0.2 * 2 ** max(0, failures - 1), 4) if problem else 0
@@ -191,6 +198,7 @@ class Upstreams:
         exchange = Exchange(time.monotonic() + _PROBE_TIMEOUT_S)
         with self._lock:
             self._probes[upstream] = exchange
+            exchange.aborted = self._closed.is_set()
         try:
             with self._alarm.at(exchange.ends, exchange.abort):
                 status, _ = self._get(upstream, exchange, "/health")
