@@ -104,7 +104,7 @@ def test_both_languages_name_the_same(name: str):
 
 def test_every_dependency_has_its_reason():
     table = read("CONTRIBUTING.md")
-    for file in ("requirements.txt", "requirements-dev.txt"):
+    for file in ("requirements.txt", "requirements-remote.txt", "requirements-dev.txt"):
         for line in read(file).splitlines():
             if name := re.match(r"[a-z][\w-]*", line):
                 assert name[0] in table or name[0].startswith("types-"), name[0]
