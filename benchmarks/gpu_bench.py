@@ -21,6 +21,7 @@ from benchmarks.shapes import Shape, randomise
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.engine.memory import free_memory
 from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.runner import Mode
 from qwenvl_app.generation import GenerationRequest, SamplingParams, question
 from qwenvl_app.loading.load import load
 from tests.gpu.meter import Cuda, Meter
@@ -82,10 +83,10 @@ class Bench:
         return dataclasses.replace(loaded, model=model)
 
     @contextmanager
-    def engine(self, loaded: LoadedModel, slots: int, mode: str, kv: int = 0) -> Iterator[Engine]:
+    def engine(self, loaded: LoadedModel, slots: int, mode: Mode, kv: int = 0) -> Iterator[Engine]:
         """One with ``compile = mode`` and so many bytes of KV cache."""
         kv = kv or min(2**33, self.free() // 2)
-        options = EngineOptions(slots, 4096, kv, 0, 1024, compiled=mode == "on")
+        options = EngineOptions(slots, 4096, kv, 0, 1024, compile=mode)
         with self.here():
             engine = Engine(loaded, options)
         try:

@@ -12,6 +12,7 @@ from benchmarks import roofline
 from benchmarks.gpu_bench import Bench, ask
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.engine.model import LoadedModel
+from qwenvl_app.engine.runner import Mode
 from qwenvl_app.errors import Unavailable
 from qwenvl_app.generation import GenerationRequest
 from qwenvl_app.loading import footprint, measuring, plan
@@ -22,7 +23,7 @@ from tests.engines import agrees, finish, generate, inputs_of, random_request
 CLOSE = 3e-4  # two logits of float32 nearer than this may change places: tests/gpu
 
 
-def equivalence(bench: Bench, modes: tuple[str, ...]) -> None:
+def equivalence(bench: Bench, modes: tuple[Mode, ...]) -> None:
     """Greedy tokens in float32 against ``generate``, at the full width and with few layers."""
     loaded = bench.model(bench.shallow, "float32")
     rng = random.Random(11)
@@ -45,7 +46,7 @@ def equivalence(bench: Bench, modes: tuple[str, ...]) -> None:
         bench.report.put("equivalence in float32", f"compile={mode}", text)
 
 
-def steps(bench: Bench, loaded: LoadedModel, mode: str) -> None:
+def steps(bench: Bench, loaded: LoadedModel, mode: Mode) -> None:
     """Milliseconds of a decode step beside what memory allows."""
     name, put = f"steps, compile={mode}", bench.report.put
     read, device = roofline.weight_bytes(loaded.model), loaded.model.device
