@@ -44,6 +44,13 @@ def equivalence(bench: Bench, modes: tuple[Mode, ...]) -> None:
         counts = [verdicts.count(each) for each in (True, None, False)]
         text = "{} equal, {} tie, {} differ".format(*counts)
         bench.report.put("equivalence in float32", f"compile={mode}", text)
+        bench.report.put("CUDA graphs in float32", f"compile={mode}", told(engine))
+
+
+def told(engine: Engine) -> str:
+    """What became of CUDA graphs; why one failed is in the log."""
+    stats = engine.stats()
+    return f"{stats.cuda_graphs} in use, {stats.cuda_graph_failures} failed"
 
 
 def steps(bench: Bench, loaded: LoadedModel, mode: Mode) -> None:
@@ -53,8 +60,11 @@ def steps(bench: Bench, loaded: LoadedModel, mode: Mode) -> None:
     with bench.here():
         rate = roofline.bandwidth(device, 2**30 if bench.device == "cuda" else 2**26)
     put(name, "GB/s by a copy", rate / 1e9)
-    before = bench.meter.allocated if bench.meter else 0
+    before, free = bench.meter.allocated if bench.meter else 0, bench.free()
+    began = time.monotonic()
     with bench.engine(loaded, max(bench.rows), mode) as engine:
+        finish(engine.submit(ask(bench.megapixels[0], 0)))
+        put(name, "s to the first answer", time.monotonic() - began)
         for rows in bench.rows:
             if time.monotonic() > bench.deadline:
                 put(name, f"{rows} rows", "no time left")
@@ -66,6 +76,8 @@ def steps(bench: Bench, loaded: LoadedModel, mode: Mode) -> None:
             put(name, f"{rows} rows, ms a step", step * 1e3)
             put(name, f"{rows} rows, ms that memory allows", least * 1e3)
             put(name, f"{rows} rows, tokens/s", rows / step)
+        put(name, "CUDA graphs", told(engine))
+        put(name, "MiB less of the device", (free - bench.free()) / 2**20)
         if bench.meter:
             more = bench.meter.allocated - before - engine.cache_bytes
             put(name, "MiB beside weights and KV cache", more / 2**20)

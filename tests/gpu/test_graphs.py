@@ -15,6 +15,7 @@ import torch
 from qwenvl_app.engine import compiled
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.loading.load import load
+from tests import families
 from tests.engines import generate, judge, random_request, spread
 from tests.engines import running as cpu_running
 from tests.gpu.pretend import Gpus, pretend
@@ -83,6 +84,22 @@ def test_steps_of_the_usual_rows_are_recorded_before_the_first_request(wild, gpu
     judge(
         [(s, generate(wild, each)) for s, each in zip(sequences, asked(1) + asked(), strict=True)]
     )
+
+
+def test_where_the_cache_moves_steps_are_recorded_again(wild, gpus, recorder):
+    """At 4 slots of 128 tokens, which is less than most of these need."""
+    loaded = moved(wild, gpus)
+    with running(gpus, loaded, compile="auto", kv_cache_bytes=2**22) as engine:
+        sequences = answered(engine, asked())
+        versions = engine._executor.cache.version
+        assert 3 < len(recorder.made) <= 3 * versions
+    judge([(s, generate(wild, each)) for s, each in zip(sequences, asked(), strict=True)])
+
+
+def test_layers_that_keep_a_state_are_eager(gpus, tmp_path):
+    loaded = moved(families.wild(tmp_path / "qwen3_5", "qwen3_5"), gpus)
+    with running(gpus, loaded, compile="auto") as engine:
+        assert engine._runner.compiled is None
 
 
 @pytest.mark.parametrize("fault", ["no CUDA", "wrong logits", "no memory"])
