@@ -26,8 +26,9 @@ from PIL import Image
 
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.original import APP, OPTIONS
-from benchmarks.throughput import NEW_TOKENS, answered, noise, paired, ratio
+from benchmarks.throughput import NEW_TOKENS, answered, paired, ratio
 from demo.evaluate import Case, ask, package_cases
+from qwenvl_app.cli.bench import noise
 from tests.e2e.server import Server
 
 REPLACED = "the replaced service"

@@ -8,7 +8,6 @@ and with no server, is measured beside them. Ratios are of paired blocks of one 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import random
 import statistics
@@ -19,26 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from matplotlib import pyplot as plt
-from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.original import APP, OPTIONS, answer
 from demo.evaluate import Case, ask, package_cases
+from qwenvl_app.cli.bench import noise
 from qwenvl_app.loading.load import load
 from tests.e2e.server import Server
 
 NEW_TOKENS = 256
-
-
-def noise(rng: random.Random, side: int) -> bytes:
-    """A PNG that no other is like."""
-    grain = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(grain).resize((side, side)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def answered(

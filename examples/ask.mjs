@@ -1,9 +1,9 @@
-// node ask.mjs PICTURE QUESTION: the answer as it is written; Node 20 or later, no package.
-import { openAsBlob } from "node:fs";
+// node ask.mjs PICTURE QUESTION: the answer as it is written; Node 18 or later, no package.
+import { readFile } from "node:fs/promises";
 
 const [picture, question] = process.argv.slice(2);
 const form = new FormData();
-form.set("image", await openAsBlob(picture, { type: "image/*" }), "picture");
+form.set("image", new Blob([await readFile(picture)], { type: "image/*" }), "picture");
 form.set("prompt", question);
 const response = await fetch(`${process.env.QWENVL_URL ?? "http://127.0.0.1:8000"}/v1/image/recognize`, {
   method: "POST",

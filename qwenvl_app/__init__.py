@@ -6,6 +6,7 @@ from flask import Flask
 
 from qwenvl_app.backends import Backend, build
 from qwenvl_app.generation import Status
+from qwenvl_app.service import tracing
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.metrics import Metrics
 from qwenvl_app.service.quota import Quota
@@ -49,8 +50,9 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         admission.drain()
         disconnects.close()
         backend.close()
+        traces.close()
 
-    keys = auth.Keys(settings.api_keys)
+    keys, traces = auth.Keys(settings.api_keys), tracing.start()
     metrics = Metrics(admission, status, backend.stats)
     app = _flask(settings)
     app.extensions["qwenvl"] = {
@@ -63,7 +65,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         "refused": metrics.refuse,
         "has_key": keys.admit,
     }
-    _for_every_route(app, settings, metrics, keys)
+    _for_every_route(app, settings, metrics, traces, keys)
     quota, fetcher = Quota(settings.max_requests_per_key), Fetcher(settings)
     service = Service(settings, backend, admission, quota, disconnects, status, fetcher)
     _register_routes(app, service, metrics)
@@ -94,9 +96,15 @@ def _flask(settings: Settings) -> Flask:
     return app
 
 
-def _for_every_route(app: Flask, settings: Settings, metrics: Metrics, keys: auth.Keys) -> None:
+def _for_every_route(
+    app: Flask,
+    settings: Settings,
+    metrics: Metrics,
+    traces: tracing.Traces,
+    keys: auth.Keys,
+) -> None:
     """Records, ids, errors, CORS and keys, in the order in which they see a request."""
-    request_log.register(app, metrics)
+    request_log.register(app, metrics, traces)
     request_id.register(app)
     errors.register(app)
     cors.register(app, settings.cors_origins)  # before the keys: a preflight can't carry one

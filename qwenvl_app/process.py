@@ -73,6 +73,17 @@ def quiet_modelscope(longest_s: int) -> None:
     internals.DOWNLOAD_TOTAL_TIMEOUT = max(internals.DOWNLOAD_TOTAL_TIMEOUT, longest_s)
 
 
+def quiet_huggingface() -> None:
+    """Hugging Face's client tells no torch and no agent, and signed addresses stay out of the log.
+
+    Which agents there are it would ask the hub, in a request of its own.
+    """
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+
+
 def omit_created_series() -> None:
     """Prometheus' client would double its series with the time at which each began."""
     import prometheus_client

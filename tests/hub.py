@@ -1,12 +1,14 @@
-"""A stand-in for ModelScope on 127.0.0.1, which can't be reached from here.
+"""A stand-in for ModelScope and Hugging Face on 127.0.0.1, which can't be reached from here.
 
-It speaks what ``modelscope_hub`` asks for to download a model, and answers as the true one was seen
-to by others: the listing has a hash of every file; an unknown revision has no files, which is no
-error; weights are redirected to where ranges are honoured, small files come whole whatever is asked
-for. It can be told to fail. As a program, for a directory or several:
+It speaks what ``modelscope_hub`` and ``huggingface_hub`` ask for to download a model, and answers
+as the true ones were seen to by others: the listing has a hash of every file; an unknown revision
+has no files, which is no error to ModelScope; weights are redirected to where ranges are honoured,
+small files come whole whatever is asked for. It can be told to fail. As a program, for a directory
+or several:
 
     python -m tests.hub PORT Owner/Name=DIRECTORY ... [--rate BYTES_PER_SECOND]
     MODELSCOPE_ENDPOINT=http://127.0.0.1:PORT QWENVL_MODEL=Owner/Name ...
+    HF_ENDPOINT=http://127.0.0.1:PORT QWENVL_MODEL=hf:Owner/Name ...
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class Hub:
     What may be set at any time: ``cut`` has the bytes after which the connection is cut, once each,
     ``stall`` a file that stops in its middle until ``close``, ``spoiled`` files whose first byte is
     wrong, ``announced`` lengths that are not true, ``listed`` paths that are not there, ``status``
-    what every answer has instead.
+    what every answer has instead, ``token`` what Hugging Face's must be asked with.
     """
 
     port: int = 0
@@ -82,6 +84,7 @@ class Hub:
     announced: dict[str, int] = field(default_factory=dict)
     listed: list[str] = field(default_factory=list)
     status: int | None = None
+    token: str = ""
     sent: dict[str, int] = field(default_factory=dict)  # bytes of each file, all in all
 
     def __post_init__(self) -> None:
@@ -114,7 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
-        file = query.get("FilePath", "")
+        hugging = re.fullmatch(r"(/cdn)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", url.path)
+        file = hugging[4] if hugging else query.get("FilePath", "")
         self.hub.requests.append(Request(url.path, file, self._start(), dict(self.headers)))
         if self.hub.status is not None:
             self._json({"Message": "told to", "Success": False}, self.hub.status)
@@ -122,8 +126,65 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"Data": {"InternalRegionQueryAddress": ""}})
         elif match := re.fullmatch(r"(/cdn)?/api/v1/models/([^/]+/[^/]+)/repo(/files)?", url.path):
             self._model(match[2], query.get("Revision", "master"), file if not match[3] else None)
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", url.path):
+            self._hugging_listing(match[1], match[3], tree=match[2] == "tree")
+        elif hugging:
+            self._hugging_file(hugging[2], hugging[3], file)
         else:
             self._json({"Message": "no such thing"}, 404)
+
+    def do_HEAD(self) -> None:
+        """Of Hugging Face's files, which only the client's own download asks for."""
+        _, owner, model, _, revision, file = self.path.split("/", 5)
+        directory = self._hugging(f"{owner}/{model}", revision)
+        assert directory is not None
+        path, weights = directory / file, file.endswith(".safetensors")
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", commit(directory))
+        self.send_header("ETag", f'"{_sha256(path) if weights else git_id(path)}"')
+        self.send_header("Content-Length", str(path.stat().st_size))
+        self.end_headers()
+
+    def _hugging_listing(self, name: str, revision: str, tree: bool) -> None:
+        """Of a tree as the client's own download asks for it. No token, no model."""
+        directory = self._hugging(name, revision)
+        if not any(name == model for model, _ in self.hub.models):
+            self._json({"error": "Invalid username or password."}, 401, "RepoNotFound")
+        elif self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            self._json({"error": "Access is restricted."}, 401, "GatedRepo")
+        elif directory is None:
+            self._json({"error": "Invalid rev id"}, 404, "RevisionNotFound")
+        else:
+            files = [self._hugging_entry(directory, file) for file in self._files(directory)]
+            body = {"id": name, "sha": commit(directory), "siblings": files}
+            self._json(files if tree else body)
+
+    def _hugging_entry(self, directory: Path, file: dict[str, Any]) -> dict[str, Any]:
+        """As of a listing, and as of a tree."""
+        path, size = file["Path"], file["Size"]
+        oid = git_id(directory / path) if file["Sha256"] else "0" * 40
+        lfs = {"sha256": file["Sha256"], "oid": file["Sha256"], "size": size, "pointerSize": 134}
+        return {
+            **{"rfilename": path, "path": path, "type": "file"},
+            **{"size": size, "blobId": oid, "oid": oid},
+            "lfs": lfs if file.get("IsLFS") else None,
+        }
+
+    def _hugging_file(self, name: str, revision: str, file: str) -> None:
+        directory = self._hugging(name, revision)
+        if directory is None or not (directory / file).is_file():
+            self._json({"error": "Entry not found"}, 404, "EntryNotFound")
+        elif file.endswith(".safetensors") and not self.path.startswith("/cdn"):
+            self._redirect(f"http://localhost:{self.hub.port}/cdn{self.path}", directory / file)
+        else:
+            self._send(directory / file, self._start() if self.path.startswith("/cdn") else 0)
+
+    def _hugging(self, name: str, revision: str) -> Path | None:
+        """Where a branch, a tag or a commit lies."""
+        for (model, known), directory in self.hub.models.items():
+            if model == name and revision in (known, commit(directory)):
+                return directory
+        return None
 
     def _model(self, name: str, revision: str, file: str | None) -> None:
         """The listing, or ``file``."""
@@ -144,17 +205,21 @@ class _Handler(BaseHTTPRequestHandler):
         ranged = re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("Range", ""))
         return int(ranged[1]) if ranged else 0
 
-    def _json(self, body: dict[str, Any], status: int = 200) -> None:
-        data = json.dumps({"Code": status, "Success": status == 200} | body).encode()
+    def _json(self, body: Any, status: int = 200, error_code: str = "") -> None:
+        if isinstance(body, dict):
+            body = {"Code": status, "Success": status == 200} | body
+        data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        if error_code:
+            self.send_header("X-Error-Code", error_code)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
     def _redirect(self, location: str, path: Path) -> None:
         self.send_response(302)
-        self.send_header("Location", quote(location, safe="/?&=%"))
+        self.send_header("Location", quote(location, safe=":/?&=%"))
         self.send_header("X-Linked-ETag", f'"{_sha256(path)}"')
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -204,6 +269,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
+def commit(directory: Path) -> str:
+    """Hugging Face's, of what lies there."""
+    return hashlib.sha1(str(directory).encode()).hexdigest()
+
+
+def git_id(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+
+
 _hashes: dict[tuple[Path, float], str] = {}
 
 
@@ -224,7 +299,11 @@ def main() -> None:
     Hub(
         arguments.port,
         arguments.rate,
-        {(name, "master"): Path(directory) for name, directory in models.items()},
+        {
+            (name, branch): Path(directory)
+            for name, directory in models.items()
+            for branch in ("master", "main")
+        },
     )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
@@ -16,6 +17,7 @@ from qwenvl_app import create_app
 from qwenvl_app.errors import BadSchema, Unavailable
 from qwenvl_app.generation import Constraint, Phase, Status
 from qwenvl_app.settings import load_settings
+from qwenvl_app.web import json_body
 from qwenvl_app.web.chat_schema import ChatRequest
 from tests.fakes import FakeBackend
 from tests.wire import PNG
@@ -143,6 +145,14 @@ def test_an_error_in_mid_stream(client, backend: FakeBackend, caplog, failure, c
     assert [line.fields["reason"] for line in lines] == [code]
     samples = client.get("/metrics").text.splitlines()
     assert not [line for line in samples if "request_success_total{" in line and " 1.0" in line]
+
+
+def test_an_error_before_the_first_token_has_its_status(client, backend: FakeBackend):
+    backend.pieces, backend.failure = [], Unavailable.exhausted()
+    response = client.post(ROUTE, json=hello(stream=True))
+    assert (response.status_code, response.mimetype) == (503, "application/json")
+    assert response.get_json()["error"]["code"] == "memory"
+    assert int(response.headers["Retry-After"]) > 0
 
 
 def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: FakeBackend):
@@ -412,6 +422,18 @@ def test_bodies_over_limits_and_of_other_types(client, settings):
     long = "x" * (settings.max_prompt_chars + 1)
     check(client.post(ROUTE, json=said(long)), 413)
     check(client.post(ROUTE, json=said("x", "assistant", reasoning_content=long)), 413)
+
+
+def test_who_waits_to_read_a_large_body_has_a_deadline(backend: FakeBackend):
+    """It waited for as long as those before it took, and longer than its client."""
+    app = create_app(load_settings({}, request_timeout_s=0.2), backend)
+    large = said("x" * 2**18)
+    with ThreadPoolExecutor(1) as pool:
+        with json_body._turn:
+            waiting = pool.submit(app.test_client().post, ROUTE, json=large)
+            assert wait([waiting], 5).done
+        assert waiting.result().status_code == 504
+    assert not json_body._turn.locked()
 
 
 def test_pictures_have_one_limit_together(client, backend: FakeBackend, settings):

@@ -35,7 +35,8 @@ def test_a_preflight(client, path):
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
     assert answer.headers["Access-Control-Allow-Methods"] == "GET, POST"
     allowed = answer.headers["Access-Control-Allow-Headers"].split(", ")
-    assert set(allowed) == {"Authorization", "Content-Type", "X-Request-ID"}
+    trace = {"traceparent", "tracestate"}
+    assert set(allowed) == {"Authorization", "Content-Type", "X-Request-ID"} | trace
     assert answer.headers["Access-Control-Max-Age"] == "7200"
     assert answer.headers["X-Request-ID"]
 

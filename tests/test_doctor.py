@@ -130,6 +130,16 @@ def test_a_configuration_that_lacks_something(tmp_path: Path):
     assert "vision_config" in last.text
 
 
+def test_versions_of_a_wheel(monkeypatch, tmp_path: Path):
+    """What only traces need is not missing."""
+    needed = ["nowhere-1==2.0", 'nowhere-2==2.0; extra == "otel"']
+    monkeypatch.setattr(doctor, "_ROOT", tmp_path)
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: needed)
+    found = doctor._versions()
+    assert found.level is Level.WARN
+    assert "nowhere-1 is missing, tested with 2.0; pip" in found.text
+
+
 def test_versions_that_differ_are_named(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda _name: "0.0.1")
     found = doctor._versions()

@@ -487,6 +487,26 @@ def test_a_slow_host_holds_no_permit(make: Make, backend, reachable, host: Image
     assert len(backend.requests) == 1
 
 
+def test_who_fetches_counts_for_its_key(make: Make, reachable, host: ImageHost, url: str):
+    """One owner could fetch in all places at once, and so keep everybody else from fetching."""
+    client = make(f"{NAME}:{host.port}", api_keys=("a:one", "b:two"), max_requests_per_key=1)
+    headers = {"Authorization": "Bearer one"}
+    slow = threading.Thread(
+        target=client.post,
+        args=(ROUTE,),
+        kwargs={"json": ask(f"{url}/silence"), "headers": headers},
+    )
+    slow.start()
+    until(lambda: len(host.heads) == 1)
+    second = client.post(ROUTE, json=ask(f"{url}/a.png"), headers=headers)
+    assert (second.status_code, second.json["error"]["code"]) == (429, "key_limit")
+    assert host.accepted == 1
+    host.closing.set()
+    slow.join(20)
+    plain = {"messages": [{"role": "user", "content": "hello"}]}
+    assert client.post(ROUTE, json=plain, headers=headers).status_code == 200
+
+
 def test_who_fetches_has_threads_of_their_own():
     code = "import runpy; print(runpy.run_path('config/gunicorn.conf.py')['threads'])"
     counts = [

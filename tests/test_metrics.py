@@ -125,7 +125,8 @@ def test_a_known_mix_is_counted_exactly(client: FlaskClient, backend: FakeBacken
 def test_histograms_of_one_answer():
     """Each stage is the sum of what the request's thread and the backend measured of it."""
     metrics = Metrics(Admission(4, 16, 30), lambda: Status(Phase.READY), BackendStats)
-    record = RequestRecord(arrived=100.0, stages={"queue": 0.25, "image": 0.5}, submitted=101.0)
+    stages = [("queue", 100.0, 100.25), ("image", 100.25, 100.75)]
+    record = RequestRecord(arrived=100.0, intervals=stages, submitted=101.0)
     timings = Timings(preprocess=0.25, queue=0.5, prefill=2.0, first_token=3.0, decode=8.0)
     record.add(Delta("", FinishReason.LENGTH, Usage(100, 5), timings))
     metrics.count(record, "/x", 200, generates=True)

@@ -23,13 +23,13 @@ from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.inputs import prepare
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sampling import next_tokens
-from qwenvl_app.generation import FinishReason, Phase, SamplingParams
+from qwenvl_app.generation import Delta, FinishReason, Phase, SamplingParams
 from qwenvl_app.loading.checkpoint import find
 from qwenvl_app.loading.load import load
 from qwenvl_app.prompts import PromptBuilder
 from qwenvl_app.settings import load_settings
 from tests import parity, real_shape, templates
-from tests.engines import agrees, finish, generate, random_request, request, running
+from tests.engines import agrees, finish, generate, random_request, request, running, until_idle
 from tests.waiting import until
 from tests.wire import GOOD, MULTIPART, ROUTE
 
@@ -276,22 +276,28 @@ def test_it_answers_over_http(directory):
         (NOT_THINKING, "两个圆</think>。", "两个圆</think>。", None),
     ],
 )
-@pytest.mark.parametrize("stream", [True, False])
-def test_the_reasoning_is_no_part_of_the_answer(
-    exact, template, written, answer, reasoning, stream
-):
+def test_the_reasoning_is_no_part_of_the_answer(exact, template, written, answer, reasoning):
     """An Instruct variant has the same two tokens: there they are what is read off a picture."""
     prompts = PromptBuilder(exact.tokenizer, template, 2)
     ids = exact.tokenizer.encode(written)
-    asked = request(Image.new("RGB", (64, 64)), stream=stream)
-    with (
-        saying(exact, [*ids, IDS["<|im_end|>"]]),
-        running(dataclasses.replace(exact, prompts=prompts)) as engine,
-    ):
-        deltas = list(engine.submit(asked))
-        stopped = list(
-            engine.submit(dataclasses.replace(asked, sampling=SamplingParams(stop=("想", "圆"))))
-        )
+    with running(dataclasses.replace(exact, prompts=prompts)) as engine:
+        for stream in (True, False):
+            asked = request(Image.new("RGB", (64, 64)), stream=stream)
+            until_idle(engine)
+            with saying(exact, [*ids, IDS["<|im_end|>"]]):
+                deltas = list(engine.submit(asked))
+                stopping = SamplingParams(stop=("想", "圆"))
+                stopped = list(engine.submit(dataclasses.replace(asked, sampling=stopping)))
+            check_reasoning(deltas, stopped, ids, answer, reasoning)
+
+
+def check_reasoning(
+    deltas: list[Delta],
+    stopped: list[Delta],
+    ids: list[int],
+    answer: str,
+    reasoning: str | None,
+) -> None:
     assert "".join(delta.text for delta in deltas) == answer
     usage = deltas[-1].usage
     assert usage.completion_tokens == len(ids) + 1

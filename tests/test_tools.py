@@ -306,6 +306,10 @@ def test_a_long_call():
     """Each letter is looked at once, not with every piece that follows: that would take minutes."""
     arguments = json.dumps({"city": "<x> " * 25_000})
     assert read(cut(hermes("get_weather", arguments), 4)) == ("", [("get_weather", arguments)], 1)
+    city = "<x> " * 25_000
+    tagged = f"<function=get_weather><parameter=city>{city}</parameter></function>"
+    calls = [("get_weather", json.dumps({"city": city}))]
+    assert read(cut(f"<tool_call>{tagged}</tool_call>", 4)) == ("", calls, 1)
 
 
 SCHEMA = {

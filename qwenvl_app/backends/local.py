@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LINES_APART_S = 5
+_LONGEST_END_S = 10  # one step of a load may take minutes: it is not waited for
 _UNEXPECTED = "an unexpected error while loading; the log has it"
 _OUT = (
     "the memory ran out while loading: something else takes what was free, or the doctor "
@@ -39,7 +40,8 @@ class LocalBackend:
         self._lock = threading.Lock()
         self._next_line = 0.0
         self._closed = threading.Event()
-        threading.Thread(target=self._run, name="local-backend", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="local-backend", daemon=True)
+        self._thread.start()
 
     def status(self) -> Status:
         """See ``backends.Backend``. FAILED too while one step takes longer than it may."""
@@ -69,6 +71,10 @@ class LocalBackend:
         self._closed.set()
         if engine:
             engine.close()
+        # A process that ends while a thread of it is in torch, as it is for seconds while that is
+        # imported, may be aborted instead ("FATAL: exception not rethrown").
+        if self._thread is not threading.current_thread():
+            self._thread.join(_LONGEST_END_S)
 
     def _stalled(self, engine: Engine) -> Status | None:
         began, limit = engine.step_began, self._settings.stall_timeout_s

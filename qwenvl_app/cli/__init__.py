@@ -16,6 +16,7 @@ from flask import Flask
 from flask.cli import FlaskGroup
 
 from qwenvl_app import create_app, logs
+from qwenvl_app.cli import commands as asking
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.settings import CONFIG, SECRETS, Settings, SettingsError, explain
 from qwenvl_app.version import VERSION
@@ -44,7 +45,7 @@ def application() -> Flask:
 def commands() -> Flask:
     """An application that has the commands and nothing else: no route, no model, no settings."""
     app = Flask("qwenvl_app", static_folder=None)
-    for command in (check_config, run_doctor, download):
+    for command in (check_config, run_doctor, download, *asking.ALL):
         app.cli.add_command(command)
     return app
 
@@ -66,7 +67,10 @@ def main() -> None:
 
 @click.command("serve")
 @click.option("--bind", default="127.0.0.1:8000", show_default=True, help="Where to listen.")
-@click.option("--model", help="demo, a directory, or a ModelScope id; as QWENVL_MODEL.")
+@click.option(
+    "--model",
+    help="demo, a directory, an id of ModelScope, or hf: and one of Hugging Face; as QWENVL_MODEL.",
+)
 def serve(bind: str, model: str | None) -> None:
     """Serve until SIGTERM or Ctrl-C. This process becomes gunicorn's."""
     if model:
@@ -133,5 +137,5 @@ def _shown(key: str, value: object) -> str:
     return str(value) if isinstance(value, str) else repr(value)
 
 
-for each in (serve, check_config, run_doctor, download):
+for each in (serve, check_config, run_doctor, download, *asking.ALL):
     main.add_command(each)

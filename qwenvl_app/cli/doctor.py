@@ -69,8 +69,12 @@ def examine(settings: Settings, bind: str) -> Iterator[Finding]:
 
 def _versions() -> Finding:
     file = _ROOT / "requirements.txt"  # of a checkout; a wheel has the same in its metadata
-    text = file.read_text() if file.is_file() else "\n".join(metadata.requires("qwenvl") or ())
-    pinned = re.findall(r"^([a-z-]+)==(\S+)", text, re.MULTILINE)
+    if file.is_file():
+        text = file.read_text()
+    else:
+        needed = metadata.requires("qwenvl") or ()
+        text = "\n".join(each for each in needed if "extra ==" not in each)
+    pinned = re.findall(r"^([a-z0-9-]+)==(\S+)", text, re.MULTILINE)
     other = []
     for name, expected in pinned:
         try:

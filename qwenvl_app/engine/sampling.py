@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig
 
 from qwenvl_app.engine.drawing import NO_TOKEN, SORTED, TOO_NARROW, Rng, Rules, View, draw
-from qwenvl_app.engine.grammar import Matcher, ruled_out
+from qwenvl_app.engine.grammar import Matcher, penalties
 from qwenvl_app.engine.processors import LAST, PENALTIES, WARPERS, processors
 from qwenvl_app.errors import ServiceError
 from qwenvl_app.generation import SamplingParams
@@ -96,6 +96,11 @@ class Sampler:
         self._processors: Any = None
         self._ids = torch.tensor([prompt]) if asked or own else None
 
+    @property
+    def processes(self) -> bool:
+        """Whether ``process`` does anything."""
+        return self._ids is not None
+
     def process(self, scores: torch.Tensor) -> torch.Tensor:
         """``scores`` (1, vocabulary) as the processors leave them."""
         if self._ids is None:
@@ -123,11 +128,16 @@ def next_tokens(samplers: Many[Sampler | None], logits: torch.Tensor) -> list[in
     scores = logits.float()
     # As good as isfinite().all(), which takes a CPU twenty times as long.
     finite = (scores.amax(-1) < math.inf) & (scores.amin(-1) > -math.inf)
+    tokens: list[int | Exception] = [0] * len(scores)
+    scores = _constrain(samplers, scores, tokens)
     rows = [scores[number : number + 1] for number in range(len(scores))]
-    tokens: list[int | Exception] = [0] * len(rows)
-    _constrain(samplers, rows, tokens)
     groups = _process(samplers, rows, tokens)
-    picked = [_pick(samplers, rows, members, view) for view, members in groups.items()]
+    alike = len(groups) == 1 and len(*groups.values()) == len(rows)
+    as_they_were = alike and not any(sampler and sampler.processes for sampler in samplers)
+    picked = [
+        _pick(samplers, scores if as_they_were else rows, members, view)
+        for view, members in groups.items()
+    ]
     looked = torch.cat([finite.long(), *picked]).tolist()
     members = [number for group in groups.values() for number in group]
     for number, token in zip(members, looked[len(rows) :], strict=True):
@@ -147,9 +157,9 @@ def next_tokens(samplers: Many[Sampler | None], logits: torch.Tensor) -> list[in
 
 
 def _constrain(
-    samplers: Many[Sampler | None], rows: list[torch.Tensor], tokens: list[int | Exception]
-) -> None:
-    """Rule out in ``rows`` what matchers do not allow, or put why they can't into ``tokens``.
+    samplers: Many[Sampler | None], scores: torch.Tensor, tokens: list[int | Exception]
+) -> torch.Tensor:
+    """``scores`` without what matchers do not allow; why they can't say is put into ``tokens``.
 
     Matchers work on the CPU, while a GPU still computes the logits; one copy goes there.
     """
@@ -161,10 +171,10 @@ def _constrain(
             except ServiceError as error:
                 tokens[number] = error
     if not allowed:
-        return
-    masks = ruled_out(list(allowed.values()), rows[0].shape[-1]).to(rows[0].device)
-    for place, number in enumerate(allowed):
-        rows[number] = torch.where(masks[place : place + 1], -math.inf, rows[number])
+        return scores
+    everything = b"\xff" * len(next(iter(allowed.values())))
+    masks = [allowed.get(number, everything) for number in range(len(scores))]
+    return penalties(masks, scores.shape[-1], scores.device).add_(scores)
 
 
 def _process(
@@ -190,12 +200,15 @@ def _process(
 
 def _pick(
     samplers: Many[Sampler | None],
-    rows: list[torch.Tensor],
+    rows: torch.Tensor | list[torch.Tensor],
     members: list[int],
     view: View | None,
 ) -> torch.Tensor:
-    """Tokens (members) of some of ``rows``, each (1, vocabulary), all with the same ``view``."""
-    scores = torch.cat([rows[number] for number in members])
+    """Tokens (members) of some of ``rows``, each (1, vocabulary), all with the same ``view``.
+
+    Or of all rows, in one tensor (rows, vocabulary), which is not copied then.
+    """
+    scores = rows if isinstance(rows, torch.Tensor) else torch.cat([rows[n] for n in members])
     if view is None:
         return scores.argmax(-1)
     rngs = [sampler.rng for number in members if (sampler := samplers[number]) and sampler.rng]

@@ -24,11 +24,13 @@ from qwenvl_app.loading.files import (
     readable,
     refuse_pointer,
 )
+from qwenvl_app.loading.hub import Hub
 
 DEMO = Path(__file__).resolve().parent.parent / "demo_model"
 # The families whose parts the engine knows, see ``engine/vision.py`` and ``engine/model.py``.
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
-_MODELSCOPE_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(\w[\w.-]*))?")
+# Of ModelScope, or of Hugging Face after hf: with a revision perhaps.
+_HUB_ID = re.compile(r"(hf:)?([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(\w[\w.-]*))?")
 _DTYPES = ("float32", "bfloat16", "float16")
 # What transformers can't do without for quantised weights, and how pip calls it: docs/models.md.
 _PACKAGES = {
@@ -70,7 +72,7 @@ class Checkpoint:
 def find(
     name: str, *, download: bool = True, say: Callable[[str], None] = lambda _message: None
 ) -> Checkpoint:
-    """The checkpoint of ``demo``, a directory, or a ModelScope id, ``@`` a revision perhaps.
+    """The checkpoint of ``demo``, a directory, or a hub's id, ``@`` a revision perhaps.
 
     Raises ModelLoadError for one that is not whole, NotDownloaded for an id of which not all is
     here if not to ``download``. ``say`` is told how far a download is.
@@ -111,17 +113,31 @@ def _locate(name: str, download: bool, say: Callable[[str], None]) -> Path:
             return path
         if path.exists():
             raise ModelLoadError("QWENVL_MODEL is a file; it must be a checkpoint's directory")
-    if not (match := _MODELSCOPE_ID.fullmatch(name)):
+    if not (match := _HUB_ID.fullmatch(name)):
+        if name.startswith("hf:"):
+            raise ModelLoadError(
+                "what QWENVL_MODEL has after hf: is no name on Hugging Face; such are "
+                "hf:Qwen/Qwen3-VL-8B-Instruct, and after an @ a revision perhaps"
+            )
         raise ModelLoadError("the directory that QWENVL_MODEL names does not exist")
-    # Only now: it takes time to import, and nothing else here talks to a network.
-    from qwenvl_app.loading import hub
-
-    model, revision = match[1], match[2] or hub.DEFAULT_REVISION
+    hub, model = _hub(match[1]), match[2]
+    revision = match[3] or hub.default_revision
     if directory := hub.cached(model, revision):
         return directory
     if not download:
-        raise NotDownloaded(f"{name} is not in ModelScope's cache yet, or not all of it")
+        raise NotDownloaded(f"{name} is not in {hub.title}'s cache yet, or not all of it")
     return hub.download(model, revision, say)
+
+
+def _hub(prefix: str | None) -> Hub:
+    """Only now imported: it takes time, and nothing else here talks to a network."""
+    if prefix:
+        from qwenvl_app.loading.huggingface import HuggingFace
+
+        return HuggingFace()
+    from qwenvl_app.loading.modelscope import ModelScope
+
+    return ModelScope()
 
 
 def _check_config(checkpoint: Checkpoint) -> None:

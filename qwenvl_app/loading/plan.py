@@ -191,7 +191,8 @@ def _divide(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
     least = max(need.tower, tokens + need.features) if plan.shared else beside + tokens
     plan, spare = _spare(plan, least, beside)
     if spare < least + pictures:
-        why = "QWENVL_KV_CACHE_MB does not fit beside the weights" if asked else _NO_ROOM
+        own = "QWENVL_KV_CACHE_MB does not fit beside the weights"
+        why = own if settings.kv_cache_mb else _NO_ROOM
         if spare <= 0:
             why = _NO_ROOM if memory.shares else "the weights do not fit"
         return replace(plan, problem=why)

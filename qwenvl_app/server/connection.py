@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import struct
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +11,9 @@ from gunicorn.http import RequestParser
 from gunicorn.workers.gthread import TConn
 
 from qwenvl_app.server.framing import Asked, Incoming, State
+from qwenvl_app.server.outgoing import Outgoing
 
 SEND_TIMEOUT_S = 10  # for a client that does not read its answer
-_SEND_TIMEOUT = struct.pack("ll", SEND_TIMEOUT_S, 0)  # struct timeval
-# Room for answers that a client has not read yet. A connection's next request is taken up only
-# while a third of it is free, so that an answer fits and no thread waits for the client to read.
-_SEND_BUFFER = 2**18
 
 
 @dataclass(frozen=True)
@@ -39,11 +34,10 @@ class Connection(TConn):  # type: ignore[misc]
     connection, and only the thread uses them until it gives it back.
     """
 
-    def __init__(self, cfg: Config, sock: socket.socket, client: Any, server: Any):
+    sock: Outgoing
+
+    def __init__(self, cfg: Config, sock: Outgoing, client: Any, server: Any):
         super().__init__(cfg, sock, client, server)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        # Not settimeout: with that, Python waits for a third of the buffer before it sends.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SEND_TIMEOUT)
         self.initialized = True  # there is a new parser for every request: ``take``
         self.incoming: Incoming
         self.taken: Taken
@@ -51,6 +45,8 @@ class Connection(TConn):  # type: ignore[misc]
         self.arrived = self.since = 0.0  # monotonic: first byte of the request; in this state since
         self.expires = 0.0  # monotonic: when this state has to have ended
         self.kept = False  # it has had an answer already
+        self.delivered: Callable[[Connection], None]  # what is called when its answer is sent
+        self.deliver_by = 0.0  # monotonic
         self.lingering = 0  # bytes still to be thrown away before the end; 0: not closing yet
         self.ready: Callable[[Connection], None]  # what the poller's next event calls
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import selectors
 import socket
 import time
 from collections.abc import Callable
 from functools import partial
 
-from qwenvl_app.server.connection import Connection
+from qwenvl_app.server.connection import SEND_TIMEOUT_S, Connection
 from qwenvl_app.server.framing import FramingLimits, Incoming
+from qwenvl_app.server.outgoing import UnreadAnswers
+
+log = logging.getLogger(__name__)
 
 # A client that is still sending gets to read its answer first: a socket that is closed with bytes
 # unread is reset. For so long, and so many bytes, what it sends is thrown away.
 _LINGER_S = 5.0
 _LINGER_BYTES = 64 * 2**20
 _DISCARD = 2**18  # bytes at a time
+_UNREAD_ANSWERS = 64 * 2**20  # bytes; a stream of 1,024 tokens has 0.2 MB, with top_logprobs 2 MB
 
 
 class Connections:
@@ -26,6 +31,7 @@ class Connections:
         self.all: set[Connection] = set()
         self.watched: set[Connection] = set()  # idle, unfinished or lingering: no thread has them
         self.unread = 0  # bytes of all requests that no thread has taken
+        self.answers = UnreadAnswers(_UNREAD_ANSWERS)
 
     def add(self, conn: Connection) -> None:
         """A client has come."""
@@ -64,6 +70,27 @@ class Connections:
             self.watched.remove(conn)
             self._poller.unregister(conn.sock)
 
+    def deliver(self, conn: Connection, latest: float, then: Callable[[Connection], None]) -> None:
+        """Send what is left of an answer as its client reads, then call ``then``.
+
+        The client has ``SEND_TIMEOUT_S`` for its next read, and ``latest``, a ``monotonic()``, for
+        all of them; else its connection is closed.
+        """
+        conn.since, conn.deliver_by, conn.delivered = time.monotonic(), latest, then
+        self._deliver(conn)
+
+    def _deliver(self, conn: Connection) -> None:
+        try:
+            conn.sock.flush()
+        except OSError:
+            self.close(conn)
+            return
+        if conn.sock.unsent:
+            conn.expires = min(time.monotonic() + SEND_TIMEOUT_S, conn.deliver_by)
+            self.watch(conn, self._deliver, selectors.EVENT_WRITE)
+        else:
+            conn.delivered(conn)
+
     def linger(self, conn: Connection) -> None:
         """Close when the client has, or soon."""
         self.renew(conn)
@@ -77,7 +104,9 @@ class Connections:
         self.watch(conn, self._discard)
 
     def close(self, conn: Connection) -> None:
-        """Close now."""
+        """Close now. What a client has not read of its answer is lost."""
+        if conn.sock.unsent:
+            log.info("a client did not read its answer")
         self.renew(conn)
         self.unwatch(conn)
         self.all.remove(conn)

@@ -21,6 +21,7 @@ from qwenvl_app.server.connection import SEND_TIMEOUT_S, Connection
 from qwenvl_app.server.connections import Connections
 from qwenvl_app.server.framing import FramingLimits, State
 from qwenvl_app.server.limits import Limits
+from qwenvl_app.server.outgoing import Outgoing
 from qwenvl_app.web.errors import malformed, of_http, too_large
 
 # Bytes at a time. Of a body much, since every call may wait for the GIL; of a head less, since what
@@ -81,7 +82,8 @@ class Reception:
                 if error.errno in _FULL and self._make_room():
                     continue
                 return
-            conn = Connection(self._cfg, sock, client, listener.getsockname())
+            outgoing = Outgoing(sock, self.connections.answers)
+            conn = Connection(self._cfg, outgoing, client, listener.getsockname())
             self.connections.add(conn)
             self._await(conn, self._limits.head_s)
             self._receive(conn)
@@ -105,21 +107,21 @@ class Reception:
     def begin_stop(self) -> None:
         """Refuse all requests that are not whole."""
         self.stopping = True
-        for conn in [conn for conn in self.connections.watched if conn.buffered]:
+        for conn in [c for c in self.connections.watched if c.buffered and not c.sock.unsent]:
             self.refuse(conn, Unavailable.stopping(), "stopping")
 
     def last_orders(self) -> None:
         """Leave connections that wait for a request but a moment."""
         last = time.monotonic() + _LAST_WORDS_S
         for conn in self.connections.watched:
-            if not conn.lingering:
+            if not conn.lingering and not conn.sock.unsent:
                 conn.expires = min(conn.expires, last)
 
     def expire(self) -> None:
         """Deal with those whose time is over."""
         now = time.monotonic()
         for conn in [conn for conn in self.connections.watched if conn.expires <= now]:
-            if not conn.buffered:
+            if conn.sock.unsent or not conn.buffered:
                 self.connections.close(conn)
             elif self.stopping:
                 self.refuse(conn, Unavailable.stopping(), "stopping")
@@ -142,8 +144,15 @@ class Reception:
             self.connections.count(conn)
         return conn
 
-    def resume(self, conn: Connection) -> None:
-        """After an answer: the next request of a connection that is kept."""
+    def finish(self, conn: Connection, *, is_last: bool) -> None:
+        """After an answer: have it read, then expect the next request, or close if it ``is_last``.
+
+        For all of it a client has no longer than a request may take.
+        """
+        then = self.connections.linger if is_last else self._resume
+        self.connections.deliver(conn, conn.taken.arrived + self._limits.request_s, then)
+
+    def _resume(self, conn: Connection) -> None:
         conn.kept = True
         self._await(conn, _LAST_WORDS_S if self.stopping else self._limits.idle_s)
         if conn.buffered:
@@ -156,6 +165,8 @@ class Reception:
         self.connections.linger(conn)
 
     def _answer(self, conn: Connection, error: ServiceError, why: str) -> None:
+        if conn.sock.unsent:  # of the answer before this one
+            return
         head, asked = conn.incoming.request, conn.incoming.asked
         self._refuser.send(conn, error, why, head, asked)
 

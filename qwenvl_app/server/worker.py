@@ -105,9 +105,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             req.force_close()
         try:
             return bool(super().handle_request(req, conn)) and not req.body.failed
-        except BlockingIOError:  # SO_SNDTIMEO
-            self.log.info("a client did not read its answer")
-            return False
         finally:
             # gunicorn would read what nobody has of this request's body, or close if it is long;
             # but it is not in the way of the next request: it is in memory, and its end is known.
@@ -174,14 +171,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.enqueue_req(conn)
 
     def finish_request(self, conn: Connection, fs: Future[bool]) -> None:
-        """The thread is done: wait for the connection's next request, or close it."""
+        """The thread is done: send the rest of the answer, as its client reads, and go on."""
         self._busy.remove(conn)
         conn.taken.pieces.close()  # of a body that nobody read
         self._bodies -= conn.taken.has_body
-        if fs.exception() is None and fs.result():
-            self.reception.resume(conn)
-        else:
-            self.reception.connections.linger(conn)
+        self.reception.finish(conn, is_last=fs.exception() is not None or not fs.result())
 
     def _take_the_last(self) -> None:
         """Accept all who are connected, or about to be, and let nobody else connect."""

@@ -14,13 +14,13 @@ from qwenvl_app.generation import Delta, FinishReason, Timings, Usage
 class RequestRecord:
     """One request's account, kept by the thread that answers it. Times are ``time.monotonic()``.
 
-    ``stages``: seconds that this thread spent, by stage: read, queue, image. What the backend
-    says of its own part comes with the last delta. ``reason``: why there is no answer. ``key``: the
-    name of the API key, where keys are asked for.
+    ``intervals``: what this thread did, and from when to when: read, fetch, queue, image. What the
+    backend says of its own part comes with the last delta. ``reason``: why there is no answer.
+    ``key``: the name of the API key, where keys are asked for.
     """
 
     arrived: float = field(default_factory=time.monotonic)
-    stages: dict[str, float] = field(default_factory=dict)
+    intervals: list[tuple[str, float, float]] = field(default_factory=list)
     pixels: int | None = None
     submitted: float | None = None  # when the backend got it
     usage: Usage | None = None
@@ -34,6 +34,14 @@ class RequestRecord:
         """Seconds since the request arrived."""
         return time.monotonic() - self.arrived
 
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds that this thread spent, by stage."""
+        spent: dict[str, float] = {}
+        for name, began, ended in self.intervals:
+            spent[name] = spent.get(name, 0.0) + ended - began
+        return spent
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the block's time, however it ends, as the stage ``name``."""
@@ -41,7 +49,12 @@ class RequestRecord:
         try:
             yield
         finally:
-            self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - began
+            self.intervals.append((name, began, time.monotonic()))
+
+    def waited(self, name: str, seconds: float) -> None:
+        """Count the ``seconds`` until now as the stage ``name``."""
+        now = time.monotonic()
+        self.intervals.append((name, now - seconds, now))
 
     def submit(self) -> None:
         """The backend gets it now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import chain, islice
 from types import TracebackType
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ class Answering:
         self.request_id: str = g.request_id
         self.deadline = Deadline(self.record.arrived + service.settings.request_timeout_s)
         self._service = service
+        self._counted = False
 
     def __enter__(self) -> Answering:
         """Watch the client."""
@@ -70,6 +72,7 @@ class Answering:
         if not urls:
             return {}
         require_ready(self._service.status())
+        self._count()  # or one owner could fetch so much at once that nobody else may
         with self.record.stage("fetch"):
             return self._service.fetcher.fetch(
                 urls, request.content_length or 0, self.deadline, self.request_id
@@ -78,21 +81,32 @@ class Answering:
     def admit(self) -> None:
         """Take a permit. Raises ServiceError."""
         require_ready(self._service.status())
-        self.held.enter_context(self._service.quota.hold(self.record.key))
+        self._count()
         waited = self.held.enter_context(self._service.admission.admit(self.deadline))
-        self.record.stages["queue"] = waited
+        self.record.waited("queue", waited)
+
+    def _count(self) -> None:
+        """Among what the key's owner has under way, once. Raises KeyLimit."""
+        if not self._counted:
+            self.held.enter_context(self._service.quota.hold(self.record.key))
+            self._counted = True
 
     def generate(self, asked: GenerationRequest) -> Iterator[Delta]:
-        """Start generating. Raises ServiceError, while it is iterated too."""
+        """Start generating, and wait for the first words. Raises ServiceError, iterated too.
+
+        So what fails before them is an answer with a status of its own, where one is streamed, too.
+        """
         self.deadline.check()
         self.record.submit()
         generation = self._service.backend.generate(asked)
         self.held.callback(generation.cancel)
         self.held.enter_context(self.deadline.on_leaving(generation.cancel))
-        return self._deltas(iter(generation))
+        deltas = self._deltas(iter(generation))
+        return chain(list(islice(deltas, 1)), deltas)
 
     def _deltas(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
         for delta in deltas:
             self.record.add(delta)
-            yield delta
+            if delta.text or delta.reasoning or delta.logprobs or delta.finish_reason is not None:
+                yield delta
         self.deadline.check()

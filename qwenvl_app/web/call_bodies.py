@@ -20,6 +20,7 @@ _LONGEST_HEAD = 1000  # characters; behind it a call is told when all of it is t
 _BETWEEN = frozenset(" \t\r\n,:+-.0123456789eEtrufalsn")  # in JSON, outside of texts and brackets
 _FUNCTION = re.compile(r"\s*<function=([^<>\n]{1,100})>")
 _PARAMETER = re.compile(r"\s*<parameter=([^<>\n]{1,1000})>(.*?)</parameter>", re.DOTALL)
+_PARAMETER_END = "</parameter>"
 _FUNCTION_END = re.compile(r"\s*</function>")
 
 
@@ -121,6 +122,7 @@ class TaggedBody:
         self.told = 0
         self.end: int | None = None
         self._names: set[str] = set()
+        self._sought = 0  # up to there no parameter ends that was not taken
 
     def read(self, body: str) -> None:
         """Raises NotACall."""
@@ -133,14 +135,20 @@ class TaggedBody:
             if head[1] not in self._functions:
                 raise NotACall
             self.name, self.told = head[1], head.end()
-        while found := _PARAMETER.match(body, self.told):
+        while self._has_an_end(body) and (found := _PARAMETER.match(body, self.told)):
             self._take(found[1], found[2])
-            self.told = found.end()
+            self.told = self._sought = found.end()
         if end := _FUNCTION_END.match(body, self.told):
             self.arguments = (self.arguments or "{") + "}"
             self.end = self.told = end.end()
         elif not _may_become(body[self.told :].lstrip(), "<parameter=", "</function>"):
             raise NotACall
+
+    def _has_an_end(self, body: str) -> bool:
+        """Whether a parameter ends behind what is told: a long one is looked through once."""
+        found = body.find(_PARAMETER_END, self._sought)
+        self._sought = max(self._sought, len(body) - len(_PARAMETER_END) if found < 0 else found)
+        return found >= 0
 
     def _take(self, name: str, text: str) -> None:
         if name in self._names:

@@ -60,7 +60,7 @@ def blueprint(service: Service) -> Blueprint:
     def chat() -> Response:
         """An answer in one piece, or as events."""
         with Answering(service) as answering:
-            with answering.record.stage("read"), in_turn(request):
+            with answering.record.stage("read"), in_turn(request, answering.deadline):
                 asked = ChatRequest.parse(read_json(request))
                 _check_length(asked, settings.max_prompt_chars)
             fetched = answering.fetch(_addresses(asked))

@@ -12,7 +12,9 @@ from flask import Flask, Response, request
 
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Request-ID",
+    "Access-Control-Allow-Headers": (
+        "Authorization, Content-Type, X-Request-ID, traceparent, tracestate"
+    ),
     "Access-Control-Max-Age": "7200",  # the longest that Chrome remembers
 }
 _EXPOSED = (

@@ -12,6 +12,7 @@ from flask import Request
 from werkzeug.exceptions import ClientDisconnected
 
 from qwenvl_app.errors import ClientGone
+from qwenvl_app.service.deadline import Deadline
 from qwenvl_app.web.errors import InvalidParameter
 
 _DEPTH = 64  # of arrays and objects in one another; Python's parser recurses
@@ -25,16 +26,23 @@ _turn = threading.Lock()
 
 
 @contextmanager
-def in_turn(request: Request) -> Iterator[None]:
+def in_turn(request: Request, deadline: Deadline) -> Iterator[None]:
     """A body of 20 MB is 200 while it is decoded, and as much again while it is validated.
 
     Two dozen threads may have one. At the same time they would be no faster: Python runs one.
+    Raises what ``deadline`` does.
     """
-    if (request.content_length or _LARGE) < _LARGE:
+    length = request.content_length
+    if length is not None and length < _LARGE:
         yield
-    else:
-        with _turn:
-            yield
+        return
+    has_turn = _turn.acquire(timeout=deadline.remaining)
+    try:
+        deadline.check()
+        yield
+    finally:
+        if has_turn:
+            _turn.release()
 
 
 def read_json(request: Request) -> dict[str, Any]:

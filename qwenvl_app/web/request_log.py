@@ -12,6 +12,7 @@ from flask import Flask, Request, Response, g, request
 
 from qwenvl_app.service.metrics import Metrics
 from qwenvl_app.service.record import RequestRecord
+from qwenvl_app.service.tracing import HEADERS, Traces
 
 log = logging.getLogger("qwenvl_app.access")
 
@@ -22,7 +23,7 @@ GENERATING = frozenset({"recognize", "chat"})
 UNMATCHED = "unmatched"
 
 
-def register(app: Flask, metrics: Metrics) -> None:
+def register(app: Flask, metrics: Metrics, traces: Traces) -> None:
     """Install the hooks: before all others, since any of those may answer a request."""
 
     @app.before_request
@@ -37,9 +38,13 @@ def register(app: Flask, metrics: Metrics) -> None:
         generates = request.blueprint in GENERATING
         request_id: str = g.request_id
         about = _describe(request, response, route)
+        method, status = request.method, response.status_code
+        sent = {name: request.headers[name] for name in HEADERS if name in request.headers}
 
         def finish() -> None:
-            metrics.count(record, route, response.status_code, generates=generates)
+            metrics.count(record, route, status, generates=generates)
+            if generates:
+                about["trace_id"] = traces.export(record, method, route, status, sent)
             _write(request_id, about, record)
 
         # Before an answer in one piece is sent, so that who has it finds it counted; of one that

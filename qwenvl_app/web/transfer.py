@@ -71,7 +71,7 @@ class Transfer:
         self._socket: ssl.SSLSocket | None = None
         self._aborted = False
         self._settled = threading.Event()
-        self._body: bytes | None = None
+        self._body = b""
         self._failure: Exception | None = None
 
     def get(self, deadline: Deadline, ends: float) -> bytes:
@@ -83,13 +83,13 @@ class Transfer:
         ends = min(ends, deadline.at)
         threading.Thread(target=self._run, args=(ends,), name="transfer", daemon=True).start()
         with deadline.on_leaving(self._abort):
-            self._settled.wait(max(0.0, ends - time.monotonic()))
+            in_time = self._settled.wait(max(0.0, ends - time.monotonic()))
         self._abort()
         deadline.check()
+        if not in_time:  # what the thread has by now may have been cut by the line above
+            raise TooSlow("it was too slow")
         if self._failure:
             raise self._failure
-        if self._body is None:
-            raise TooSlow("it was too slow")
         return self._body
 
     def _run(self, ends: float) -> None:

@@ -1,6 +1,7 @@
 """The service without a model, as an app for gunicorn that starts in no time.
 
-``FAKE_SECONDS`` is how long an answer takes; while the file ``FAKE_HOLD`` is there, none comes.
+``FAKE_SECONDS`` is how long an answer takes, ``FAKE_PIECES`` how many of 1 kB it has if it is long;
+``FAKE_SECONDS_APART`` lie between them. While the file ``FAKE_HOLD`` is there, none comes.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ class Unheld(threading.Event):
         return not Path(os.environ.get("FAKE_HOLD", "/nowhere")).exists()
 
 
-backend = FakeBackend("一个", "答案。")
+LONG = [f"{number:1000}" for number in range(int(os.environ.get("FAKE_PIECES", "0")))]
+backend = FakeBackend(*(LONG or ("一个", "答案。")))
 backend.delay_s = float(os.environ.get("FAKE_SECONDS", "0"))
+backend.apart_s = float(os.environ.get("FAKE_SECONDS_APART", "0"))
 backend.go = Unheld()
 app = create_app(backend=backend)
 

@@ -123,6 +123,53 @@ def test_a_client_that_leaves_does_no_harm(nginx: Nginx, behind: Server):
     assert post(nginx, GOOD).text == ANSWER
 
 
+def chat(nginx: Nginx, number: str) -> requests.Response:
+    """A stream that does not end by itself for a while."""
+    asked = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
+    return requests.post(
+        f"{nginx.url}/v1/chat/completions",
+        json=asked | {"max_tokens": 1000, "ignore_eos": True},
+        headers={"X-Request-ID": number},
+        stream=True,
+        verify=False,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def talking(tmp_path: Path) -> Iterator[tuple[Nginx, Server]]:
+    """One whose answers take long, a piece of 1 kB every 10 ms."""
+    long = {"FAKE_PIECES": "1000", "FAKE_SECONDS_APART": "0.01"}
+    with Server(tmp_path / "log", FAKE, **long) as server:
+        server.wait()
+        (tmp_path / "nginx").mkdir()
+        nginx = Nginx(tmp_path / "nginx", server.port)
+        try:
+            yield nginx, server
+        finally:
+            nginx.stop()
+
+
+def test_a_stream_of_tokens_comes_as_they_are_made(talking: tuple[Nginx, Server]):
+    """And whoever leaves in the middle of it is seen to leave, through nginx too."""
+    nginx, behind = talking
+    with chat(nginx, "half-way") as answer:
+        assert "X-Accel-Buffering" not in answer.headers  # nginx has taken it for itself
+        begun, pieces = b"", answer.iter_content(None)
+        while begun.count(b"data: ") < 10:
+            begun += next(pieces)
+    assert b"[DONE]" not in begun
+
+    def line() -> str:
+        lines = behind.log.read_text().splitlines()
+        return next((line for line in lines if "[half-way]" in line and " status=" in line), "")
+
+    until(line)
+    assert " reason=client_gone" in line() or " finish=cancelled" in line()
+    written = re.search(r" tokens=(\d+)", line())
+    assert written is None or int(written[1]) < 900
+
+
 def test_slow_uploads_from_one_address_shut_out_neither_others_nor_probes(nginx: Nginx):
     """64 of them took every place there was, and health checks were refused too."""
     with contextlib.ExitStack() as held:

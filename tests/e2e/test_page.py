@@ -122,6 +122,19 @@ def test_an_answer_grows_and_is_stopped(page: Page, scripted: Server):
     assert text.first.inner_text() == kept
 
 
+def test_a_conversation_that_is_left_in_the_middle(page: Page, scripted: Server):
+    """The answer that was coming became the first turn of the new conversation."""
+    drop(page, png(20, 10))
+    ask(page, "count")
+    expect(page.locator("article.assistant .text")).to_contain_text("3 ")
+    page.get_by_role("button", name="New conversation").click()
+    until(lambda: running(scripted) == 0, 5)
+    expect(page.locator("#send")).to_be_visible()
+    drop(page, png(30, 10))
+    ask(page, "size?")
+    until(lambda: answers(page) == ["30 x 10, 1 messages"], 10)
+
+
 def test_pictures_of_several_turns(page: Page):
     drop(page, png(20, 10))
     drop(page, png(30, 40))

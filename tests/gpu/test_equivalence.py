@@ -34,7 +34,7 @@ def requests(seed: int, count: int, **sampling) -> list[GenerationRequest]:
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_every_token_in_float32(exact, attention, tell: Tell):
     """With each attention that may be set, against ``generate`` with torch's own."""
-    asked = requests(11, 8)
+    asked = requests(11, 8 if exact.model.device.type == "cuda" else 4)  # test_engine.py has more
     solos = [generate(exact, each) for each in asked]
     before = exact.model.config.text_config._attn_implementation
     exact.model.set_attn_implementation(attention)
@@ -49,7 +49,9 @@ def test_every_token_in_float32(exact, attention, tell: Tell):
     tell(f"{verdicts.count(True)} of {len(verdicts)} answers equal, {verdicts.count(None)} tie")
     assert False not in verdicts
     assert verdicts.count(None) <= 1
-    assert len({tuple(sequence.tokens) for sequence in sequences}) > 4  # they are not all alike
+    assert (
+        len({tuple(sequence.tokens) for sequence in sequences}) > len(asked) // 2
+    )  # they are not all alike
 
 
 class Forced:

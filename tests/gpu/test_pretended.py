@@ -204,7 +204,7 @@ def test_the_figures_of_the_gpus_are_told(wild, gpus, monkeypatch):
     with running(gpus, moved(wild, gpus)) as engine:
         answered(engine, [request(Image.new("RGB", (64, 64)), max_new_tokens=1)])
         figures = engine.stats().gpu_memory
-    assert figures[0, "allocated"] > 15 * 2**20
+    assert figures[0, "allocated"] > 12 * 2**20
     assert figures[0, "total"] == 2**40
 
 

@@ -140,6 +140,7 @@ async function receive(messages, article) {
     }
   } catch (error) {
     if (!running.signal.aborted) throw error;
+    if (!article.isConnected) return; // of a conversation that was left
     if (!written) throw new Refused("stopped");
     finish = "stopped";
   }

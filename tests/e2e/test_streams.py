@@ -1,0 +1,212 @@
+"""Streams of chat completions: clients that don't read, and many at once."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.e2e.server import FAKE, Server
+from tests.e2e.test_leaving import SECONDS, debug, run, settled
+from tests.waiting import until
+from tests.wire import exchange, picture, send
+
+CHAT = "/v1/chat/completions"
+PIECES = 2000  # of 1 kB: 2.4 MB as events, which no socket's buffer has room for
+TIMEOUT_S = 6
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Its answers are made at once, and long."""
+    log = tmp_path_factory.mktemp("wordy") / "log"
+    settings = {"FAKE_PIECES": str(PIECES), "QWENVL_REQUEST_TIMEOUT_S": str(TIMEOUT_S)}
+    with Server(log, FAKE, **settings) as server:
+        server.wait()
+        yield server
+        assert server.stop() == 0
+        assert "Traceback" not in log.read_text()
+
+
+def asking(*, stream: bool = True) -> bytes:
+    body = json.dumps(HELLO | {"stream": stream}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def stalled(port: int) -> socket.socket:
+    """A client that asks for a stream and reads no more than its beginning."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(10)
+    connection.connect(("127.0.0.1", port))
+    connection.sendall(asking())
+    assert connection.recv(12) == b"HTTP/1.1 200"
+    return connection
+
+
+def text_of(events: bytes) -> str:
+    assert events.endswith(b"data: [DONE]\n\n")
+    chunks = [json.loads(line[6:]) for line in events.split(b"\n\n")[:-2]]
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+
+
+def read(server: Server, pause: float = 0.0) -> str:
+    """The text of a stream that a client reads, after a while."""
+    with requests.post(
+        server.url + CHAT, json=HELLO | {"stream": True}, stream=True, timeout=10
+    ) as answer:
+        time.sleep(pause)
+        return text_of(answer.content)
+
+
+def memory(server: Server) -> int:
+    """MiB of the worker."""
+    return int(Path(f"/proc/{server.worker}/statm").read_text().split()[1]) // 256
+
+
+def running(server: Server) -> bool:
+    samples = send(server.port, "GET", "/metrics").body.decode()
+    return "\nqwenvl_num_requests_running 0.0\n" not in samples
+
+
+def test_clients_that_do_not_read_hold_their_streams_and_nothing_else(wordy: Server):
+    """Each held a thread and a permit, so that four of them kept everybody else out."""
+    whole = "".join(f"{number:1000}" for number in range(PIECES))
+    assert read(wordy) == whole
+    handles, threads = wordy.taken()
+    before = memory(wordy)
+    with contextlib.ExitStack() as stack:
+        began = time.monotonic()
+        silent = [stack.enter_context(stalled(wordy.port)) for _ in range(20)]
+        until(lambda: not running(wordy), TIMEOUT_S / 2)  # they have no permits
+        for pause in (0, 0.5):
+            assert read(wordy, pause) == whole
+        assert (
+            exchange(
+                wordy.port, asking(stream=False).replace(b"Host", b"Connection: close\r\nHost")
+            ).status
+            == 200
+        )
+        assert time.monotonic() - began < TIMEOUT_S, "too slow to tell anything"
+        assert wordy.taken()[0] >= handles + len(silent)
+        assert memory(wordy) - before < 100
+        until(lambda: wordy.taken()[0] <= handles and wordy.taken()[1] <= threads, TIMEOUT_S + 5)
+        for connection in silent:
+            with pytest.raises(ConnectionResetError):
+                while connection.recv(2**16):
+                    pass
+    assert not running(wordy)
+    assert read(wordy) == whole
+
+
+def test_a_client_that_reads_too_slowly_is_closed_at_its_deadline(wordy: Server):
+    """It went on for as long as it read a little every ten seconds."""
+    with stalled(wordy.port) as connection:
+        end = time.monotonic() + TIMEOUT_S + 5
+        with pytest.raises(ConnectionResetError):
+            while time.monotonic() < end:
+                connection.recv(4096)
+                time.sleep(0.2)
+
+
+def test_a_request_that_was_sent_ahead_waits_for_the_answer_before_it(wordy: Server):
+    with stalled(wordy.port) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        time.sleep(0.5)
+        received = b""
+        while piece := connection.recv(2**16):
+            received += piece
+    assert received.count(b"data: ") == PIECES + 3
+    assert b"data: [DONE]" in received
+    assert b"HTTP/1.1 200 OK" in received.partition(b"data: [DONE]")[2]
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("probed") / "log", "tests.e2e.probe_app:app") as server:
+        server.wait()
+        yield server
+        assert server.stop() == 0
+        assert "Traceback" not in server.log.read_text()
+
+
+def questions() -> list[dict]:
+    """With a picture and without, short answers and long ones."""
+    asked: list[dict] = []
+    for number, color in enumerate(("red", "green", "blue", "black")):
+        url = "data:image/png;base64," + base64.b64encode(picture("circle", color)).decode()
+        text = {"type": "text", "text": "what color is the shape?"}
+        seen = [{"type": "image_url", "image_url": {"url": url}}, text]
+        for content in (seen, f"{color}?"):
+            body = {"messages": [{"role": "user", "content": content}], "temperature": 0}
+            asked.append(body | {"max_tokens": 10 * number + 3, "ignore_eos": bool(number)})
+    return asked
+
+
+def whole(server: Server, body: dict) -> str:
+    answer = requests.post(server.url + CHAT, json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["message"]["content"]
+    return text
+
+
+def begun(server: Server, body: dict, events: int) -> str:
+    """The text of a stream's first events; its client leaves without the others."""
+    text, seen = "", 0
+    with requests.post(
+        server.url + CHAT, json=body | {"stream": True}, stream=True, timeout=60
+    ) as answer:
+        assert answer.status_code == 200, answer.text
+        for line in answer.iter_lines():
+            if seen == events or line == b"data: [DONE]":
+                break
+            if line:
+                seen += 1
+                choice = json.loads(line[6:])["choices"][0]
+                text += choice["delta"].get("content", "")
+    return text
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seconds", SECONDS)
+def test_streams_and_plain_requests_at_once(probed: Server, seconds: float):
+    """Four clients of each kind; every third stream is stopped half-way."""
+    asked = questions()
+    right = [whole(probed, body) for body in asked]  # each by itself
+    assert len(set(right)) > 3
+    before, kept = settled(probed, debug(probed)), memory(probed)
+    end, counts = time.monotonic() + seconds, Counter[str]()
+    lock, wrong = threading.Lock(), []
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        while time.monotonic() < end:
+            body, text = rng.choice(list(zip(asked, right, strict=True)))
+            kind = "plain" if seed < 4 else rng.choice(("stream", "stream", "stopped"))
+            if kind == "plain":
+                answer = whole(probed, body)
+            else:
+                answer = begun(probed, body, rng.randint(1, 8) if kind == "stopped" else -1)
+            same = text.startswith(answer) if kind == "stopped" else text == answer
+            with lock:
+                counts[kind] += 1
+                if not same:
+                    wrong.append((kind, text, answer))
+
+    run([threading.Thread(target=client, args=(seed,)) for seed in range(8)])
+    settled(probed, before)
+    assert wrong == []
+    assert min(counts[kind] for kind in ("plain", "stream", "stopped")) >= seconds / 5
+    assert memory(probed) - kept < 100
