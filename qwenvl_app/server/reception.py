@@ -201,7 +201,9 @@ class Reception:
         """
         now = time.monotonic()
         while self.connections.unread + count > self._limits.unread:
-            heaviest = max(self.connections.watched, key=lambda c: c.buffered * (now - c.arrived))
+            # Not one that still reads the answer before: what is left of that would be lost.
+            refusable = (c for c in self.connections.watched if not c.sock.unsent)
+            heaviest = max(refusable, key=lambda c: c.buffered * (now - c.arrived), default=conn)
             if not heaviest.buffered:  # all that is held is whole, and waits for threads
                 heaviest = conn
             self.refuse(heaviest, refusals.crowded(), "too many bytes of unfinished uploads")
