@@ -60,7 +60,7 @@ def _host(text: str) -> str:
     label = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
     name = re.fullmatch(rf"({label}\.)+(?=[a-z]){label}", host, re.ASCII)
     if not name or len(host) > 253 or (":" in text and not _is_port(port)):
-        raise ValueError("expected a host such as 'a.example' or 'a.example:8443'")
+        raise ValueError(f"'{text}' is no host such as 'a.example' or 'a.example:8443'")
     return text
 
 

@@ -31,7 +31,6 @@ KUBERNETES = "1.34"  # the first whose pods may sleep before they stop without a
 NO_MANIFESTS = {"kustomization.yaml"}
 ADDED_KINDS = {"ScaledObject", "PodMonitor", "RayService"}
 NAME = "app.kubernetes.io/name"
-REMOTE = {"backend", "remote_url", "remote_model", "remote_api_key"}
 
 Manifest = dict[str, Any]
 
@@ -173,10 +172,9 @@ def test_the_front_is_told_what_it_knows():
     given = settings_of_the_front()
     keys = {name.removeprefix(PREFIX).lower() for name in given}
     assert all(name.startswith(PREFIX) for name in given)
-    assert keys <= set(Settings.model_fields) | REMOTE
+    assert keys <= set(Settings.model_fields)
     given |= {f"{PREFIX}API_KEYS": "a", f"{PREFIX}REMOTE_API_KEY": "b"}
-    unknown = REMOTE - set(Settings.model_fields)
-    load_settings({key: given[key] for key in given if key[len(PREFIX) :].lower() not in unknown})
+    load_settings(given)
 
 
 def test_the_front_asks_the_engines():
@@ -325,4 +323,4 @@ def test_the_page_names_files_and_flags_that_exist():
         if word.startswith("deploy/"):
             assert (ROOT / word).exists(), word
     for key in re.findall(rf"{PREFIX}([A-Z_]+)", page):
-        assert key.lower() in set(Settings.model_fields) | REMOTE, key
+        assert key.lower() in set(Settings.model_fields), key
