@@ -128,6 +128,7 @@ class GenerationRequest:
     ``logprobs``: alternatives wanted for each token (0: the token's own alone; None: nothing).
     ``continues``: whether another turn may follow, so that this one's answer is worth keeping.
     ``pixels``: the least and the most that a picture is scaled to; None leaves the checkpoint's.
+    ``originals``: the file of each picture, for a backend that sends them on; else nothing.
     """
 
     messages: tuple[Message, ...]
@@ -141,6 +142,7 @@ class GenerationRequest:
     logprobs: int | None = None
     pixels: tuple[int | None, int | None] = (None, None)
     continues: bool = True
+    originals: tuple[bytes, ...] = ()
 
     @property
     def images(self) -> list[Image]:

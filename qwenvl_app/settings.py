@@ -23,11 +23,13 @@ from pydantic import (
     SecretStr,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
+    field_validator,
 )
 
 PREFIX = "QWENVL_"
 FILE_VARIABLE = PREFIX + "CONFIG"
-SECRETS = frozenset(("api_keys",))  # never in a message
+SECRETS = frozenset(("api_keys", "remote_api_key"))  # never in a message
 _PACKAGE = Path(__file__).resolve().parent
 # In a checkout it lies beside the package, in a wheel inside it.
 CONFIG = next(path for path in (_PACKAGE / "config", _PACKAGE.parent / "config") if path.is_dir())
@@ -66,6 +68,8 @@ def _is_port(text: str) -> bool:
     return bool(re.fullmatch("[1-9][0-9]{0,4}", text)) and int(text) < 65536
 
 
+# No user, query or fragment; "/v1" at its end is the form in which OpenAI's clients take it.
+RemoteUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")]
 ImageHost = Annotated[str, StringConstraints(to_lower=True), AfterValidator(_host)]
 
 
@@ -75,6 +79,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(min_length=1)
+    backend: Literal["local", "remote"]
+    remote_url: Annotated[tuple[RemoteUrl, ...], BeforeValidator(_split)]
+    remote_model: str
+    remote_api_key: SecretStr
     device: str = Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     attention: Literal["auto", "sdpa", "eager"]
@@ -106,6 +114,20 @@ class Settings(BaseModel):
     page: Literal["on", "off"]
     log_format: Literal["text", "json"]
     trusted_hops: int = Field(ge=0, le=16)
+
+    @field_validator("remote_url", "remote_model")
+    @classmethod
+    def _is_there_if_needed(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("backend") == "remote" and not value:
+            raise ValueError("needed where backend is remote")
+        return value
+
+    @property
+    def served_model(self) -> str:
+        """The model's name for clients; of a directory the last part, which tells no path."""
+        if self.backend == "remote":
+            return self.remote_model
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
 
 
 def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:

@@ -130,8 +130,9 @@ def test_doctor_fails_if_the_service_would(tmp_path: Path):
 
 
 def test_secrets_are_not_shown():
-    done = flask("check-config", QWENVL_API_KEYS="sekret,other")
+    keys = {"QWENVL_API_KEYS": "sekret,other", "QWENVL_REMOTE_API_KEY": "sekret"}
+    done = flask("check-config", **keys)
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
-    assert rows["api_keys"] == ["(set)", "environment"]
+    assert rows["api_keys"] == rows["remote_api_key"] == ["(set)", "environment"]
     assert "sekret" not in done.stdout
-    assert flask("check-config").stdout.count("(unset)") == 1
+    assert flask("check-config").stdout.count("(unset)") == 2

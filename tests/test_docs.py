@@ -13,7 +13,7 @@ import pytest
 from qwenvl_app import backends, errors
 from qwenvl_app.images import decode
 from qwenvl_app.settings import DEFAULTS, PREFIX, Settings
-from qwenvl_app.web import examples
+from qwenvl_app.web.openapi import examples
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ["", ".zh-CN"]
@@ -104,7 +104,7 @@ def test_both_languages_name_the_same(name: str):
 
 def test_every_dependency_has_its_reason():
     table = read("CONTRIBUTING.md")
-    for file in ("requirements.txt", "requirements-dev.txt"):
+    for file in ("requirements.txt", "requirements-remote.txt", "requirements-dev.txt"):
         for line in read(file).splitlines():
             if name := re.match(r"[a-z][\w-]*", line):
                 assert name[0] in table or name[0].startswith("types-"), name[0]

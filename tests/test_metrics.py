@@ -23,7 +23,7 @@ from qwenvl_app.generation import (
 )
 from qwenvl_app.loading.load import load
 from qwenvl_app.service.admission import Admission
-from qwenvl_app.service.metrics import REASONS, Metrics
+from qwenvl_app.service.metrics import LATE, REASONS, Metrics
 from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
 from tests.engines import running
@@ -201,8 +201,7 @@ def test_every_reason_is_known_from_the_start(client: FlaskClient):
         if issubclass(kind, ServiceError):
             assert REASONS[kind.reason] == kind.status or kind is ServiceError
     zeros = [name for name in samples if 'reason="' in name]
-    twice = 2  # memory and draining may come before work has begun, or after
-    assert len(zeros) == len(REASONS) + twice + len(FinishReason) - 1
+    assert len(zeros) == len(REASONS) + len(LATE) + len(FinishReason) - 1
 
 
 def test_a_streamed_answer_is_counted_at_its_end(app: Flask, client: FlaskClient):

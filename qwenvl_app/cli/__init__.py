@@ -18,6 +18,7 @@ from flask.cli import FlaskGroup
 from qwenvl_app import create_app, logs
 from qwenvl_app.cli import commands as asking
 from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.generation import Phase
 from qwenvl_app.settings import CONFIG, SECRETS, Settings, SettingsError, explain
 from qwenvl_app.version import VERSION
 
@@ -94,6 +95,8 @@ def check_config() -> None:
 def run_doctor(bind: str) -> None:
     """Check the machine against the settings; exit status 1 if the service would not run."""
     settings, _ = effective()
+    if settings.backend == "remote":
+        sys.exit(_ask_upstreams(settings))
     # Not at the top: torch takes seconds to import, and check-config does without.
     from qwenvl_app.cli import doctor as checks
 
@@ -102,6 +105,21 @@ def run_doctor(bind: str) -> None:
         failed |= finding.level is checks.Level.FAIL
         click.echo(f"{finding.level:5} {finding.about}: {finding.text}")
     sys.exit(1 if failed else 0)
+
+
+def _ask_upstreams(settings: Settings) -> int:
+    """Print how the other servers are; the exit status is 0 if one of them would answer."""
+    from qwenvl_app.backends.remote import RemoteBackend  # not at the top: few need it
+
+    backend = RemoteBackend(settings)
+    try:
+        backend.upstreams.wait()
+        for upstream in backend.upstreams.all:
+            level = "FAIL" if upstream.problem else "ok"
+            click.echo(f"{level:5} upstream {upstream.name}: {upstream.problem or 'well'}")
+        return 0 if backend.status().phase is Phase.READY else 1
+    finally:
+        backend.close()
 
 
 @click.command("download")

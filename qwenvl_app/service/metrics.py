@@ -63,7 +63,14 @@ REASONS = {
     "model_failed": 500,
     "no_answer": 500,
     "internal": 500,
+    "upstream_rejected": 400,
+    "upstream_busy": 503,
+    "upstream_down": 503,
+    "upstream_denied": 500,
+    "upstream_failed": 500,
 }
+# Of those that are 503, what may also come after work had begun.
+LATE = ("memory", "draining", "upstream_busy", "upstream_down")
 
 process.omit_created_series()
 
@@ -102,7 +109,7 @@ class Metrics:
                 self._success.labels(finish)
         for reason, status_code in REASONS.items():  # a rate needs a series that was once 0
             self._of_failure(status_code).labels(reason)
-        for reason in ("memory", "draining"):  # before work had begun, and after
+        for reason in LATE:
             self._failed.labels(reason)
         self.registry.register(_Gauges(admission, status, stats))
         ProcessCollector(registry=self.registry)

@@ -18,8 +18,8 @@ from qwenvl_app.service.quota import Quota
 from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import request_log
+from qwenvl_app.web.chat.image_urls import Fetcher
 from qwenvl_app.web.disconnects import Disconnects
-from qwenvl_app.web.image_urls import Fetcher
 
 
 class Service(NamedTuple):
@@ -46,6 +46,7 @@ class Answering:
         self.record: RequestRecord = request_log.current()
         self.request_id: str = g.request_id
         self.deadline = Deadline(self.record.arrived + service.settings.request_timeout_s)
+        self.originals: list[bytes] = []
         self._service = service
         self._counted = False
 
@@ -91,6 +92,11 @@ class Answering:
             self.held.enter_context(self._service.quota.hold(self.record.key))
             self._counted = True
 
+    def keep(self, original: bytes) -> None:
+        """The file of a decoded picture, in the order of the pictures, if the backend wants it."""
+        if self._service.settings.backend == "remote":
+            self.originals.append(original)
+
     def generate(self, asked: GenerationRequest) -> Iterator[Delta]:
         """Start generating, and wait for the first words. Raises ServiceError, iterated too.
 
@@ -99,6 +105,7 @@ class Answering:
         self.deadline.check()
         self.record.submit()
         generation = self._service.backend.generate(asked)
+        self.originals = []  # an answer that streams would keep them to its end
         self.held.callback(generation.cancel)
         self.held.enter_context(self.deadline.on_leaving(generation.cancel))
         deltas = self._deltas(iter(generation))

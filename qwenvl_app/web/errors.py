@@ -83,6 +83,10 @@ _ENGLISH = {
     "client_gone": "The client closed its connection.",
     "deadline": "The answer was not ready in time; try again later.",
     "model_failed": "The model failed to load or has stopped working.",
+    "upstream_busy": "The service is busy; try again later.",
+    "upstream_down": "The model server cannot be reached; try again later.",
+    "upstream_denied": "The model server does not let this service in.",
+    "upstream_failed": "The model server failed; try again later.",
 }
 
 

@@ -86,6 +86,7 @@ def _texts(
     record = answering.record
     with record.stage("image"):
         image = decode_image(form.image.data, max_megapixels=settings.max_image_megapixels)
+    answering.keep(form.image.data)
     record.pixels = image.width * image.height
     asked = GenerationRequest(
         question(image, form.prompt),
@@ -94,6 +95,7 @@ def _texts(
         stream=streamed,
         deadline=answering.deadline.at,
         continues=False,
+        originals=tuple(answering.originals),
     )
     empty = True
     for delta in answering.generate(asked):

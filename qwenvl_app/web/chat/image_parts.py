@@ -10,14 +10,16 @@ from PIL.Image import Image
 
 from qwenvl_app.errors import BadRequest, TooLarge
 from qwenvl_app.images.decode import decode_image
+from qwenvl_app.web.chat.image_urls import not_supported
 from qwenvl_app.web.errors import InvalidParameter
-from qwenvl_app.web.image_urls import not_supported
 
 _HEAD = re.compile(r"data:image/[a-z0-9.+-]{1,100};base64,", re.IGNORECASE)
 
 
-def load_image(url: str, param: str, max_megapixels: float, fetched: Mapping[str, bytes]) -> Image:
-    """The picture that ``url`` holds, or whose bytes were ``fetched``.
+def load_image(
+    url: str, param: str, max_megapixels: float, fetched: Mapping[str, bytes]
+) -> tuple[Image, bytes]:
+    """The picture that ``url`` holds, or whose bytes were ``fetched``, and its file.
 
     Raises InvalidParameter or TooLarge.
 
@@ -25,7 +27,7 @@ def load_image(url: str, param: str, max_megapixels: float, fetched: Mapping[str
     """
     data = fetched[url] if url in fetched else _decode(url, param)
     try:
-        return decode_image(data, max_megapixels=max_megapixels)
+        return decode_image(data, max_megapixels=max_megapixels), data
     except TooLarge:
         raise TooLarge(f"{param}: the pictures have too many pixels together.") from None
     except BadRequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
@@ -23,11 +23,11 @@ from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import sse
 from qwenvl_app.web.answering import Answering, Service
-from qwenvl_app.web.chat_schema import ChatMessage, ChatRequest, ImagePart, TextPart
+from qwenvl_app.web.chat.image_parts import load_image
+from qwenvl_app.web.chat.json_body import in_turn, read_json
+from qwenvl_app.web.chat.schema import ChatMessage, ChatRequest, ImagePart, TextPart
+from qwenvl_app.web.chat.tool_calls import CallReader
 from qwenvl_app.web.errors import as_service_error, dumps, openai_error
-from qwenvl_app.web.image_parts import load_image
-from qwenvl_app.web.json_body import in_turn, read_json
-from qwenvl_app.web.tool_calls import CallReader
 
 Json = dict[str, Any]
 
@@ -41,7 +41,7 @@ def models(settings: Settings) -> Blueprint:
     def listed() -> Response:
         """The one model."""
         model = {
-            "id": _name(settings),
+            "id": settings.served_model,
             "object": "model",
             "created": started,
             "owned_by": "qwenvl",
@@ -66,18 +66,14 @@ def blueprint(service: Service) -> Blueprint:
             fetched = answering.fetch(_addresses(asked))
             answering.admit()
             deltas = answering.generate(_request(asked, answering, settings, fetched))
-            answer = _Answer(asked, answering, _name(settings))
+            answer = _Answer(asked, answering, settings.served_model)
             if not asked.stream:
                 return jsonify(answer.whole(deltas))
-            events = answer.events(deltas)
+            # What fails before the first piece has a status of its own.
+            events = answer.events(chain([*islice(deltas, 1)], deltas))
             return sse.response(events, answering.held.pop_all().close)
 
     return routes
-
-
-def _name(settings: Settings) -> str:
-    """The model's name; of a directory the last part, which tells no path."""
-    return Path(settings.model).name if Path(settings.model).is_absolute() else settings.model
 
 
 def _check_length(asked: ChatRequest, most: int) -> None:
@@ -119,6 +115,7 @@ def _request(
         pixels=asked.pixels,
         tools=asked.offered,
         constraint=asked.constraint,
+        originals=tuple(answering.originals),
     )
 
 
@@ -139,7 +136,8 @@ def _message(
         # The limit is for all of them: a small body may hold many that are large once decoded.
         pixels = answering.record.pixels or 0
         left = settings.max_image_megapixels - pixels / 1e6
-        image = load_image(part.image_url.url, where, left, fetched)
+        image, file = load_image(part.image_url.url, where, left, fetched)
+        answering.keep(file)
         answering.record.pixels = pixels + image.width * image.height
         content.append(image)
     role = "system" if message.role == "developer" else message.role
