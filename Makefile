@@ -11,7 +11,7 @@ ifdef MODEL
 export QWENVL_MODEL := $(MODEL)
 endif
 
-.PHONY: run test test-all test-gpu check format bench demo clean
+.PHONY: run test test-all test-gpu check format bench bench-gpu demo clean
 
 run: $(VENV)/runtime
 	$(BIN)/gunicorn -c config/gunicorn.conf.py --bind $(HOST):$(PORT) wsgi:app
@@ -41,6 +41,10 @@ format: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.throughput
+
+# All that a GPU can tell, in nine minutes, into gpu.json; it needs no more than the service does.
+bench-gpu: $(VENV)/runtime
+	$(BIN)/python -m benchmarks.gpu
 
 # Train the embedded model again, into demo/out: about two hours on two cores.
 demo: $(VENV)/dev

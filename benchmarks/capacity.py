@@ -1,8 +1,8 @@
 """What a cluster can do at 10, 1,000 and 100,000 requests per second, simulated.
 
-``python -m benchmarks.capacity`` prints the table of docs/capacity.md and draws its plots; under a
-minute. The GPUs' times are ``sizing``'s arithmetic, the front ends' are measured. Nothing of it was
-measured on a cluster.
+``python -m benchmarks.capacity`` prints the table of docs/capacity.md and draws its plots, in a
+minute or two. The GPUs' times are ``sizing``'s arithmetic, the front ends' are measured. Nothing of
+it was measured on a cluster.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
         by_permits = engines * engine.slots / PERMITS
         return cls(load, engine, engines, max(2, math.ceil(max(by_cpu, by_permits))))
 
-    def cluster(self, *, hashing: bool = True) -> Cluster:
+    def cluster(self, *, hashing: bool = True, floor: float = 1.0) -> Cluster:
         """As the simulation takes it."""
         engine = self.engine
         live = engine.slots * (engine.work.context + engine.work.answer_tokens / 2)
@@ -62,16 +62,17 @@ class Plan(NamedTuple):
             step_s=engine.step_s,
             cached=int((engine.cache_tokens - live) / engine.work.picture_tokens),
             hashing=hashing,
+            floor=floor,
         )
 
-    def run(self, requests: int, share: float = 1.0, *, hashing: bool = True) -> Outcome:
-        """With ``share`` of the load that it is planned for."""
+    def run(self, requests: int, *, hashing: bool = True, floor: float = 1.0) -> Outcome:
+        """With the load that it is planned for."""
         load = Load(
-            share * self.load,
+            self.load,
             lambda random, count: random.exponential(self.engine.work.answer_tokens, count),
             pictures=max(1, int(PICTURES * self.load)),
         )
-        return Simulation(self.cluster(hashing=hashing), load, requests).run()
+        return Simulation(self.cluster(hashing=hashing, floor=floor), load, requests).run()
 
     def price(self) -> float:
         """Of an hour."""
@@ -144,12 +145,16 @@ def plot_load(axis: plt.Axes, gpu: Gpu, requests: int) -> None:
 def plot_hits(axis: plt.Axes, gpu: Gpu, requests: int) -> None:
     """Hit rates against the number of engines, at one load for each."""
     counts = (1, 2, 4, 8, 16, 32, 64)
-    for hashing, label in ((True, "a picture has its engine"), (False, "the least busy engine")):
+    for hashing, floor, label in (
+        (True, 4, "a picture has its engine, floor of 4"),
+        (True, 1, "a picture has its engine"),
+        (False, 1, "the least busy engine"),
+    ):
         hits = []
         for engines in tqdm(counts, desc=label, leave=False):
             plan = Plan(engines * BUSY * Engine(gpu).requests_per_s(), Engine(gpu), engines, 2)
             plan = plan._replace(fronts=max(2, engines // 4))
-            outcome = plan.run(min(requests, 3000 * engines), hashing=hashing)
+            outcome = plan.run(min(requests, 3000 * engines), hashing=hashing, floor=floor)
             hits.append(outcome.known[outcome.settled()].mean())
         axis.plot(counts, hits, "o-", label=label)
     axis.set(xlabel="engines", xscale="log", ylim=(0, 1), ylabel="pictures found in a cache")

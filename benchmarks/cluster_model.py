@@ -33,6 +33,7 @@ class Cluster:
     cached: int = 0  # pictures that one engine's cache holds
     waiting: int = 128  # requests that may wait for one engine; one more is refused
     hashing: bool = True  # a picture has a favourite; else: the least busy
+    floor: float = 1.0  # requests of one front end that a favourite may always have
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Simulation:
         if self.cluster.hashing:
             favourite = self.favourite[self.pictures[request]]
             mean = (running.sum() + 1) / len(running)
-            if running[favourite] + 1 <= max(1.0, SHARE * mean) + 1:
+            if running[favourite] + 1 <= max(self.cluster.floor, SHARE * mean) + 1:
                 return int(favourite)
         least = np.flatnonzero(running == running.min())
         return int(least[self.random.integers(len(least))])

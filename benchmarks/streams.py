@@ -32,7 +32,7 @@ from qwenvl_app import process
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.generation import GenerationRequest, SamplingParams, question
 from qwenvl_app.loading.load import load
-from qwenvl_app.web.image_parts import load_image
+from qwenvl_app.web.chat.image_parts import load_image
 from tests.e2e.server import Server
 
 ASKED = "what is in this picture?"

@@ -34,7 +34,7 @@ worker_class = "qwenvl_app.server.worker.Worker"
 # Everyone who runs or waits holds a thread, four are there to refuse the next, and four the worker
 # keeps for requests without a body: health checks and metrics.
 threads = _settings.max_concurrency + _settings.max_waiting + 8
-# As many may fetch pictures (web/image_urls.py), so that a slow host stops nobody else.
+# As many may fetch pictures (web/chat/image_urls.py), so that a slow host stops nobody else.
 if _settings.image_hosts:
     threads += _settings.max_concurrency + _settings.max_waiting
 worker_connections = _settings.max_connections

@@ -13,9 +13,7 @@ from qwenvl_app.service.quota import Quota
 from qwenvl_app.settings import Settings, current
 from qwenvl_app.web import (
     auth,
-    chat,
     cors,
-    docs,
     errors,
     ops,
     page,
@@ -25,8 +23,10 @@ from qwenvl_app.web import (
     request_log,
 )
 from qwenvl_app.web.answering import Service
+from qwenvl_app.web.chat import route as chat
+from qwenvl_app.web.chat.image_urls import Fetcher
 from qwenvl_app.web.disconnects import Disconnects
-from qwenvl_app.web.image_urls import Fetcher
+from qwenvl_app.web.openapi import docs
 from qwenvl_app.web.responses import ContractJSON
 
 

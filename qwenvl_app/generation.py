@@ -200,6 +200,8 @@ class BackendStats:
     prefix_bytes: int = 0
     prefix_budget_bytes: int = 0
     gpu_memory: Mapping[tuple[int, str], int] = field(default_factory=dict)
+    cuda_graphs: int = 0
+    cuda_graph_failures: int = 0
 
 
 @dataclass(frozen=True)

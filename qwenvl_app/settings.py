@@ -86,7 +86,7 @@ class Settings(BaseModel):
     device: str = Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     attention: Literal["auto", "sdpa", "eager"]
-    compile: Literal["off", "on"]
+    compile: Literal["auto", "off", "on"]
     cpu_threads: int = Field(ge=0, le=1024)
     max_concurrency: int = Field(ge=1, le=256)
     max_waiting: int = Field(ge=0, le=4096)

@@ -10,7 +10,7 @@ from flask import Flask, Response, request
 from jsonschema import Draft202012Validator
 
 from qwenvl_app.errors import ClientGone
-from qwenvl_app.web import openapi
+from qwenvl_app.web.openapi import document as openapi
 
 DOCUMENT: dict[str, Any] = json.loads(openapi.document())
 

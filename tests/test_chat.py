@@ -17,8 +17,8 @@ from qwenvl_app import create_app
 from qwenvl_app.errors import BadSchema, Unavailable
 from qwenvl_app.generation import Constraint, Phase, Status
 from qwenvl_app.settings import load_settings
-from qwenvl_app.web import json_body
-from qwenvl_app.web.chat_schema import ChatRequest
+from qwenvl_app.web.chat import json_body
+from qwenvl_app.web.chat.schema import ChatRequest
 from tests.fakes import FakeBackend
 from tests.wire import PNG
 

@@ -148,11 +148,10 @@ def test_who_runs_is_answered_before_a_pod_ends():
     sleep = container(FRONT)["lifecycle"]["preStop"]["sleep"]["seconds"]
     limit = float(settings_of_the_front()[PREFIX + "REQUEST_TIMEOUT_S"])
     assert grace > sleep + limit + 10  # graceful_timeout in config/gunicorn.conf.py
-    engine = ENGINE["spec"]["template"]["spec"]
-    assert (
-        engine["terminationGracePeriodSeconds"]
-        > (container(ENGINE)["lifecycle"]["preStop"]["sleep"]["seconds"])
-    )
+    grace = ENGINE["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    drained = float(flags(ENGINE)["shutdown-timeout"])
+    assert drained >= limit
+    assert grace > container(ENGINE)["lifecycle"]["preStop"]["sleep"]["seconds"] + drained
 
 
 def test_probes_ask_what_is_there(app: Flask):

@@ -35,7 +35,9 @@ class Replayed:
 
     made = 0
 
-    def __init__(self, body, inputs, keys, values):
+    pool = None
+
+    def __init__(self, body, inputs, keys, values, _pool):
         Replayed.made += 1
         self._body, self._inputs, self._keys, self._values = body, inputs.clone(), keys, values
 
@@ -68,7 +70,7 @@ def test_compiled_tokens_are_those_of_generate(asked, slots, recorded, monkeypat
         monkeypatch.setattr(compiled, "_records", lambda _device: True)
         monkeypatch.setattr(Replayed, "made", 0)
     wild, requests = asked
-    with running(wild, slots=slots, compiled=True) as engine:
+    with running(wild, slots=slots, compile="on") as engine:
         pairs = [(engine.submit(request), solo) for request, solo in requests]
         for sequence, _ in pairs:
             finish(sequence)
@@ -88,7 +90,7 @@ def test_no_graph_outlives_the_cache_that_it_was_recorded_on(asked, monkeypatch)
     monkeypatch.setattr(compiled, "Graph", Replayed)
     monkeypatch.setattr(compiled, "_records", lambda _device: True)
     wild, requests = asked
-    with running(wild, slots=4, compiled=True) as engine:
+    with running(wild, slots=4, compile="on") as engine:
         for _ in range(3):
             pairs = [(engine.submit(request), solo) for request, solo in requests[:8]]
             for sequence, _ in pairs:

@@ -13,7 +13,7 @@ import pytest
 from qwenvl_app import backends, errors
 from qwenvl_app.images import decode
 from qwenvl_app.settings import DEFAULTS, PREFIX, Settings
-from qwenvl_app.web import examples
+from qwenvl_app.web.openapi import examples
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = ["", ".zh-CN"]

@@ -76,6 +76,9 @@ class Model:
     def look(self) -> None:
         self.held.append(self.gpus.allocated)
 
+    def rehearse(self, cache: SlotCache, slots: int) -> None:
+        pass
+
     def begin_vision(self, images: list[Span]) -> Tower:
         return Tower(self, images)
 
@@ -167,7 +170,7 @@ def harness(monkeypatch, kind: str, tokens: int, slots: int, prefix: int = 0) ->
         prefix_cache_bytes=prefix,
         prefill_chunk=512,
         patch_bytes=(TOWER, FEATURES),
-        compiled=kind == "roomy",
+        compile="on" if kind == "roomy" else "off",
     )
     config = GenerationConfig(eos_token_id=[])
     loaded = SimpleNamespace(
@@ -176,7 +179,7 @@ def harness(monkeypatch, kind: str, tokens: int, slots: int, prefix: int = 0) ->
         tokenizer=None,
     )
     with pretend() as gpus, gpus.here():
-        model = Model(layout, gpus, compiled=options.compiled)
+        model = Model(layout, gpus, compiled=options.compile == "on")
         monkeypatch.setattr(engines, "Runner", lambda _model, **_: model)
         engine = Engine(loaded, options)
         try:

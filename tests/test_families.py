@@ -107,10 +107,10 @@ def test_compiled(wild, asked):
     """See ``test_compiled.py``. A recurrent layer's state is not among what is compiled."""
     if wild.model.config.model_type.startswith("qwen3_5"):
         with pytest.raises(ModelLoadError, match="does not know this model's recurrent layers"):
-            Runner(wild.model, compiled=True)
+            Runner(wild.model, mode="on")
         return
     cpu.pack(wild.model)  # as the backend does
-    with running(wild, compiled=True) as engine:
+    with running(wild, compile="on") as engine:
         pairs = [(engine.submit(each), solo) for each, solo in asked]
         for sequence, _ in pairs:
             finish(sequence)

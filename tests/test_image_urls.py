@@ -22,7 +22,7 @@ from PIL import Image
 from qwenvl_app import create_app
 from qwenvl_app.generation import Phase, Status
 from qwenvl_app.settings import SettingsError, load_settings
-from qwenvl_app.web import image_urls, transfer
+from qwenvl_app.web.chat import image_urls, transfer
 from tests import image_host
 from tests.fakes import FakeBackend
 from tests.image_host import NAME, FalseDNS, ImageHost

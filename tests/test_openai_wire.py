@@ -20,7 +20,7 @@ from qwenvl_app.generation import (
     ToolCall,
     Usage,
 )
-from qwenvl_app.web.tool_calls import CallReader
+from qwenvl_app.web.chat.tool_calls import CallReader
 
 NOW = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
 DAY = {"type": "function", "function": {"name": "day"}}

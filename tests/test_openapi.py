@@ -15,8 +15,8 @@ from openapi_spec_validator import validate
 from qwenvl_app import create_app
 from qwenvl_app.errors import Unavailable
 from qwenvl_app.settings import load_settings
-from qwenvl_app.web import answers, chat_answers, docs, examples
-from qwenvl_app.web.chat_schema import ChatRequest
+from qwenvl_app.web.chat.schema import ChatRequest
+from qwenvl_app.web.openapi import answers, chat_answers, docs, examples
 from qwenvl_app.web.schema import RecognizeForm
 from tests import declared
 from tests.declared import DOCUMENT, problems, resolve

@@ -7,7 +7,7 @@ import pytest
 from qwenvl_app import create_app
 from qwenvl_app.generation import SamplingParams
 from qwenvl_app.settings import load_settings
-from qwenvl_app.web.chat_schema import ChatRequest
+from qwenvl_app.web.chat.schema import ChatRequest
 from qwenvl_app.web.schema import RecognizeForm
 from tests.fakes import FakeBackend
 from tests.wire import END, GOOD, IMAGE, MULTIPART, PROMPT, ROUTE, part

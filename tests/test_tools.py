@@ -23,8 +23,8 @@ from qwenvl_app.generation import (
     ToolCall,
 )
 from qwenvl_app.loading.load import load
-from qwenvl_app.web.parameter_types import written_value
-from qwenvl_app.web.tool_calls import CallReader
+from qwenvl_app.web.chat.parameter_types import written_value
+from qwenvl_app.web.chat.tool_calls import CallReader
 from tests.engines import running, spread
 from tests.fakes import FakeBackend
 from tests.test_chat import ROUTE, check, events, hello

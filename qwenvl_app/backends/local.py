@@ -138,7 +138,7 @@ class LocalBackend:
             prefix_cache_bytes=plan.prefix_cache,
             prefill_chunk=settings.prefill_chunk,
             patch_bytes=plan.patch,
-            compiled=compiled,
+            compile=settings.compile,
         )
         engine = engines.Engine(loaded, options)
         try:

@@ -15,7 +15,7 @@ from qwenvl_app.engine.intake import Intake
 from qwenvl_app.engine.memory import gpu_memory
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.prefix_cache import PrefixCache
-from qwenvl_app.engine.runner import Runner
+from qwenvl_app.engine.runner import Mode, Runner
 from qwenvl_app.engine.scheduler import Scheduler, Step
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.errors import (
@@ -45,7 +45,7 @@ class EngineOptions:
     prefix_cache_bytes: int
     prefill_chunk: int  # prompt tokens a step
     patch_bytes: tuple[int, int] = (0, 0)  # of it, for a patch: in the tower; until it is read
-    compiled: bool = False  # see ``CompiledDecode``
+    compile: Mode = "off"  # see ``CompiledDecode``
 
 
 class Engine:
@@ -56,7 +56,7 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, options: EngineOptions):
         self._options = options
-        self._runner = Runner(loaded.model, compiled=options.compiled)
+        self._runner = Runner(loaded.model, mode=options.compile)
         token = self._runner.layout.token_bytes
         self._budget = self._runner.layout.tokens_in(options.kv_cache_bytes, options.slots)
         if self._budget < _LEAST_TOKENS:
@@ -103,7 +103,7 @@ class Engine:
 
     def stats(self) -> BackendStats:
         """See ``backends.Backend``. What other threads change meanwhile may be a step old."""
-        layout = self._runner.layout
+        layout, compiled = self._runner.layout, self._runner.compiled
         return BackendStats(
             slots=self._options.slots,
             running=self.running,
@@ -118,6 +118,8 @@ class Engine:
             prefix_bytes=self.prefixes.bytes,
             prefix_budget_bytes=self.prefixes.budget,
             gpu_memory=gpu_memory(layout.devices),
+            cuda_graphs=len(compiled.graphs) if compiled else 0,
+            cuda_graph_failures=compiled.failures if compiled else 0,
         )
 
     def submit(self, request: GenerationRequest) -> Sequence:
@@ -146,6 +148,7 @@ class Engine:
     def _run(self) -> None:
         try:
             with torch.inference_mode():
+                self._executor.rehearse(self._options.slots)
                 while self._wait():
                     self.step()
         except BaseException as error:

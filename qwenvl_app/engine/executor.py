@@ -52,6 +52,16 @@ class Executor:
         self.cache.reset()
         self._pass, self._images = None, []
 
+    def rehearse(self, slots: int) -> None:
+        """Record the decode steps that are usual, before the first request."""
+        try:
+            self.runner.rehearse(self.cache, slots)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("there is no memory to record decode steps in before the first request")
+            self.cache.reset()
+
     def shrink(self, running: list[Sequence]) -> None:
         """Give memory back that nobody needs any more."""
         self._fit([each.computed for each in running])

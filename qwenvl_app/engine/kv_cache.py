@@ -83,6 +83,19 @@ class SlotCache(Cache):
             # Both sides anew: what one of them once was may be over the budget beside the other.
             self._resize(slots, length)
 
+    def hold(self, slots: int, length: int) -> int:
+        """Make room that is kept when nobody needs it; returns its tokens a slot, at most so many.
+
+        0 if the budget is too small for that.
+        """
+        slots = power_of_two(slots, FEWEST_SLOTS)
+        while slots * length > self._floor:
+            length //= 2
+        if length < BLOCK:
+            return 0
+        self.fit(slots, length)
+        return length
+
     @property
     def slots(self) -> int:
         """Those that there is memory for."""

@@ -8,7 +8,7 @@ keep ``rope_deltas``, the state of one request, on an object that all share (tra
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,11 +22,14 @@ from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import VisionPass, VisionTower
 from qwenvl_app.errors import ModelLoadError
 
+Mode = Literal["off", "auto", "on"]  # the setting ``compile``
+_USUAL = 2048  # tokens of a picture of a megapixel, a question and an answer
+
 
 class Runner:
     """Calls of the model, in inference mode. Used by the engine's thread alone."""
 
-    def __init__(self, model: Any, *, compiled: bool = False):
+    def __init__(self, model: Any, *, mode: Mode = "off"):
         self._model, self._text = model, model.model.language_model
         self._tower = VisionTower(model.model.visual)
         if self._tower.visual.patch_embed.proj.weight.device.type == "meta":
@@ -41,18 +44,23 @@ class Runner:
         self.depth = len(self._tower.visual.blocks)
         self.merge: int = self._tower.merge
         self._device = place(self._text.embed_tokens)
-        self._compiled = self._compile() if compiled else None
+        self.compiled = self._compile(mode)
 
-    def _compile(self) -> CompiledDecode:
+    def _compile(self, mode: Mode) -> CompiledDecode | None:
+        places = {self.device, self._device, *(p.device for p in self._model.parameters())}
+        if mode == "auto" and self.device.type == "cuda" and len(places) == 1:
+            able = not self.layout.states
+            return CompiledDecode(self._step, self._decode, inductor=False) if able else None
+        if mode != "on":
+            return None
         if self.layout.states:
             raise ModelLoadError(
                 "QWENVL_COMPILE=on does not know this model's recurrent layers: set "
                 "QWENVL_COMPILE=off"
             )
-        compiled = CompiledDecode(self._step)
+        compiled = CompiledDecode(self._step, self._decode, inductor=True)
         if self._text.config._attn_implementation == "sdpa":
             self._text.set_attn_implementation(ATTENTION)
-        places = {self.device, self._device, *(p.device for p in self._model.parameters())}
         if len(places) > 1:
             raise ModelLoadError(
                 "QWENVL_COMPILE=on wants the whole model on one device: set QWENVL_COMPILE=off, or "
@@ -69,7 +77,12 @@ class Runner:
         """An empty one, for up to ``budget`` tokens."""
         if self.layout.states:
             return RecurrentCache(self.layout)
-        return SlotCache(self.layout, budget if self._compiled else 0)
+        return SlotCache(self.layout, budget if self.compiled else 0)
+
+    def rehearse(self, cache: SlotCache, slots: int) -> None:
+        """Record the decode step of up to so many rows, if it is to be; ``cache`` is empty."""
+        if self.compiled:
+            self.compiled.rehearse(cache, slots, min(_USUAL, self.max_length))
 
     def begin_vision(self, images: list[Span]) -> VisionPass:
         """Begin the vision tower's work on ``images``, which have pixels."""
@@ -136,8 +149,13 @@ class Runner:
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
         """One token for each of the slots 0 to n; logits (n, vocabulary)."""
-        if self._compiled and self._compiled.fits(cache, len(ids)):
-            return self._compiled(cache, ids, positions, starts)
+        if self.compiled and self.compiled.fits(cache, len(ids)):
+            return self.compiled(cache, ids, positions, starts)
+        return self._decode(cache, ids, positions, starts)
+
+    def _decode(
+        self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
+    ) -> torch.Tensor:
         mask = cache.begin(range(len(ids)), starts, [1] * len(ids))
         inputs = torch.tensor([ids, positions], device=self._device)
         return self._step(inputs[0], inputs[1], mask, cache)

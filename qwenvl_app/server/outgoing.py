@@ -6,11 +6,9 @@ import logging
 import socket
 import struct
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from socket import _SendableFile
-
     from _typeshed import ReadableBuffer
 
 log = logging.getLogger(__name__)
@@ -64,7 +62,7 @@ class Outgoing(socket.socket):
         self.unsent += data
         self.flush(flags)
 
-    def sendfile(self, file: _SendableFile, offset: int = 0, count: int | None = None) -> int:
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """As ``sendall``. The kernel's own would wait, and overtake what is ``unsent``.
 
         gunicorn sends files so, and those of the page are small.

@@ -209,6 +209,12 @@ class _Gauges(Collector):
         yield _counter("prefix_cache_hits", "Prompts whose beginning was known", stats.prefix_hits)
         yield _gauge("prefix_cache_bytes", "That earlier prompts hold", stats.prefix_bytes)
         yield _gauge("prefix_cache_budget_bytes", "That they may hold", stats.prefix_budget_bytes)
+        yield _gauge("cuda_graphs", "Decode steps that are recorded", stats.cuda_graphs)
+        yield _counter(
+            "cuda_graph_failures",
+            "Recordings that failed or were wrong: steps are eager since",
+            stats.cuda_graph_failures,
+        )
         gpu = GaugeMetricFamily(
             PREFIX + "gpu_memory_bytes", "Of each GPU that holds the model.", labels=["gpu", "kind"]
         )

@@ -18,8 +18,8 @@ from qwenvl_app.service.quota import Quota
 from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import request_log
+from qwenvl_app.web.chat.image_urls import Fetcher
 from qwenvl_app.web.disconnects import Disconnects
-from qwenvl_app.web.image_urls import Fetcher
 
 
 class Service(NamedTuple):

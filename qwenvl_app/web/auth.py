@@ -10,7 +10,8 @@ from flask import Flask, request
 from pydantic import SecretStr
 
 from qwenvl_app.errors import Unauthorized
-from qwenvl_app.web import docs, request_log
+from qwenvl_app.web import request_log
+from qwenvl_app.web.openapi import docs
 
 # For whoever watches the service, what the API is, and the page, which must be there to be given a
 # key; they tell nothing about requests.

@@ -9,8 +9,8 @@ from pydantic_core import PydanticKnownError
 
 from qwenvl_app.errors import InvalidForm
 from qwenvl_app.generation import SamplingParams
-from qwenvl_app.web import examples
 from qwenvl_app.web.forms import Form, Upload
+from qwenvl_app.web.openapi import examples
 from qwenvl_app.web.sampling_fields import SamplingFields, StopText
 
 _ECHO = 1000  # characters of a wrong field that come back

@@ -15,7 +15,7 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -134,17 +134,41 @@ class _Names(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class Recorded:
+    """``compiled.Graph`` as far as there can be one: bound to the tensors that it was made with."""
+
+    pool = None
+
+    def __init__(self, gpus: Gpus, body: Callable[..., torch.Tensor], *tensors: Any):
+        self._gpus, self._body, self._tensors = gpus, body, (tensors[0].clone(), *tensors[1:])
+        before = gpus.waits.copy()
+        self._run()
+        if more := gpus.waits - before:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {more}")
+        gpus.recorded.append(len(tensors[0][0]))
+
+    def _run(self) -> torch.Tensor:
+        return self._body(*self._tensors)
+
+    def replay(self, inputs: torch.Tensor) -> torch.Tensor:
+        self._gpus.replays += 1
+        self._tensors[0].copy_(inputs)
+        return self._run()
+
+
 class Gpus(TorchDispatchMode):
     """What happens on pretended GPUs; see ``pretend``.
 
     ``waits`` counts, by what and where, whatever makes the host wait for a GPU: looks at numbers,
     and copies from and to memory that is not pinned. ``allocated`` and ``peak`` are in bytes, of
-    all GPUs together; more than ``total`` there is not.
+    all GPUs together; more than ``total`` there is not. ``recorded``: of each CUDA graph its rows.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.recorded: list[int] = []
+        self.replays = 0
         self.allocated = self.peak = 0
         self.total = 2**40
         self._generators: dict[int, torch.Generator] = {}  # by the address of what is drawn from
@@ -262,6 +286,10 @@ class Gpus(TorchDispatchMode):
                 if buffer is not None:
                     part._buffers[name] = OnGpu(buffer, gpu)
 
+    def _graph(self, body: Callable[..., torch.Tensor], *arguments: Any) -> Recorded:
+        *tensors, _pool = arguments
+        return Recorded(self, body, *tensors)
+
     def _generator(self, device: Any = _CPU) -> torch.Generator:
         made = _Generator()
         if torch.device(device).type == "cuda":
@@ -283,6 +311,7 @@ def pretend() -> Iterator[Gpus]:
 
     with (
         patch("torch.Generator", gpus._generator),
+        patch("qwenvl_app.engine.compiled.Graph", gpus._graph),
         patch("torch.cuda.get_device_capability", lambda _device=None: (7, 5)),
         patch.object(Engine, "_run", here),
     ):

@@ -1,4 +1,4 @@
-"""The compiled decode step, which on a GPU is recorded as CUDA graphs, against ``generate``."""
+"""The decode step as CUDA graphs, of the model's own code and compiled, against ``generate``."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ import shutil
 
 import pytest
 
-from qwenvl_app.engine.compiled import Graph
 from qwenvl_app.errors import InternalError
 from tests.engines import agrees, finish, generate, running
 from tests.gpu.conftest import Tell
 from tests.gpu.test_equivalence import CLOSE, requests
 
-pytestmark = [
-    pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.timeout(600)
+NO_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 
 
 @pytest.mark.slow  # on a CPU; on a GPU `make test-gpu` runs it
-def test_every_token_also_after_a_step_that_failed(exact, device, monkeypatch, tell: Tell):
+@pytest.mark.parametrize("mode", ["auto", pytest.param("on", marks=NO_COMPILER)])
+def test_every_token_also_after_a_step_that_failed(exact, device, mode, monkeypatch, tell: Tell):
     """After a failing step the cache is at other addresses: no graph of before may be replayed."""
     asked = requests(11, 8)
     solos = [generate(exact, each) for each in asked]
-    with running(exact, compiled=True) as engine:
-        decode = engine._runner._compiled
+    with running(exact, compile=mode) as engine:
         for last in (False, True):
             sequences = [engine.submit(each) for each in asked]
             for sequence in sequences:
@@ -32,7 +29,8 @@ def test_every_token_also_after_a_step_that_failed(exact, device, monkeypatch, t
             verdicts = [agrees(s, solo, CLOSE) for s, solo in zip(sequences, solos, strict=True)]
             assert False not in verdicts
             assert verdicts.count(None) <= 1
-            recorded = sum(isinstance(graph, Graph) for graph in decode._graphs.values())
+            recorded = engine.stats().cuda_graphs
+            assert not engine.stats().cuda_graph_failures
             tell(f"{recorded} graphs recorded, {verdicts.count(True)} of {len(verdicts)} equal")
             assert bool(recorded) == (device.type == "cuda")
             if not last:

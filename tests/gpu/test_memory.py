@@ -9,9 +9,7 @@ import dataclasses
 import gc
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 import torch
@@ -30,56 +28,9 @@ from qwenvl_app.settings import load_settings
 from tests import real_shape
 from tests.engines import OPTIONS, finish, request
 from tests.gpu.conftest import Tell
+from tests.gpu.meter import Cuda, Meter
 from tests.gpu.pretend import pretend
 from tests.waiting import until
-
-
-class Meter(Protocol):
-    """Of a device's memory, in bytes."""
-
-    @property
-    def allocated(self) -> int: ...
-
-    @property
-    def peak(self) -> int: ...
-
-    def restart(self) -> None:
-        """The peak is what is allocated now."""
-
-    def limit(self, room: int) -> AbstractContextManager[None]:
-        """Within the block, so many bytes are left."""
-
-    def here(self) -> AbstractContextManager[None]:
-        """Within the block, this thread may use the device."""
-
-
-class Cuda:
-    def __init__(self, device: torch.device):
-        self._device = device
-
-    @property
-    def allocated(self) -> int:
-        gc.collect()
-        return torch.cuda.memory_allocated(self._device)
-
-    @property
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self._device)
-
-    def restart(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device)
-
-    @contextmanager
-    def limit(self, room: int) -> Iterator[None]:
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(self._device).total_memory
-        held = torch.cuda.memory_reserved(self._device)
-        torch.cuda.set_per_process_memory_fraction((held + room) / total, self._device)
-        yield
-        torch.cuda.set_per_process_memory_fraction(1.0, self._device)
-
-    def here(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 @dataclasses.dataclass

@@ -54,7 +54,9 @@ def running(gpus: Gpus, loaded: LoadedModel, **options: int) -> Iterator[Engine]
     """An engine; afterwards known pictures are left, their shapes, and the least KV cache."""
     with gpus.here():
         engine = Engine(loaded, dataclasses.replace(OPTIONS, **options))
-    most = gpus.allocated + 3 * 2**20
+    cache = engine._executor.cache
+    floor = cache._floor * cache.layout.token_bytes  # more of it for graphs, which stays
+    most = gpus.allocated + max(3 * 2**20, floor)
     try:
         yield engine
         until(

@@ -10,8 +10,8 @@ from PIL.Image import Image
 
 from qwenvl_app.errors import BadRequest, TooLarge
 from qwenvl_app.images.decode import decode_image
+from qwenvl_app.web.chat.image_urls import not_supported
 from qwenvl_app.web.errors import InvalidParameter
-from qwenvl_app.web.image_urls import not_supported
 
 _HEAD = re.compile(r"data:image/[a-z0-9.+-]{1,100};base64,", re.IGNORECASE)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenvl_app.generation import CALL_MARKS
-from qwenvl_app.web.call_bodies import Body, NotACall, body_of
+from qwenvl_app.web.chat.call_bodies import Body, NotACall, body_of
 
 Json = dict[str, Any]
 _BEGIN, _END = CALL_MARKS

@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from qwenvl_app.web import answers, chat_answers, examples
-from qwenvl_app.web.chat_schema import ChatRequest
+from qwenvl_app.web.chat.schema import ChatRequest
 from qwenvl_app.web.forms import Upload
+from qwenvl_app.web.openapi import answers, chat_answers, examples
 from qwenvl_app.web.schema import RecognizeForm
 
 Json = dict[str, Any]

@@ -12,8 +12,8 @@ from qwenvl_app.errors import TooLarge
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.deadline import Deadline
 from qwenvl_app.settings import Settings
+from qwenvl_app.web.chat.transfer import Place, TooManyBytes, TooSlow, Transfer, TransferError
 from qwenvl_app.web.errors import InvalidParameter
-from qwenvl_app.web.transfer import Place, TooManyBytes, TooSlow, Transfer, TransferError
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,11 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from qwenvl_app.generation import CALL_MARKS, Constraint, SamplingParams
-from qwenvl_app.web.chat_neutral import Label, NeutralMessage, NeutralRequest, Off
-from qwenvl_app.web.complaints import complaint
-from qwenvl_app.web.errors import InvalidParameter
-from qwenvl_app.web.response_format import JsonObject, JsonSchemaFormat, ResponseFormat
-from qwenvl_app.web.sampling_fields import SamplingFields, StopText
-from qwenvl_app.web.strict_model import StrictModel as _Model
-from qwenvl_app.web.tool_schema import (
+from qwenvl_app.web.chat.complaints import complaint
+from qwenvl_app.web.chat.neutral import Label, NeutralMessage, NeutralRequest, Off
+from qwenvl_app.web.chat.response_format import JsonObject, JsonSchemaFormat, ResponseFormat
+from qwenvl_app.web.chat.strict_model import StrictModel as _Model
+from qwenvl_app.web.chat.tool_schema import (
     MAX_TOOLS,
     Calls,
     NamedTool,
@@ -25,6 +23,8 @@ from qwenvl_app.web.tool_schema import (
     for_template,
     in_order,
 )
+from qwenvl_app.web.errors import InvalidParameter
+from qwenvl_app.web.sampling_fields import SamplingFields, StopText
 
 _MAX_MESSAGES = 1000
 _MAX_PARTS = 1000

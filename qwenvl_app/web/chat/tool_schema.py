@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from qwenvl_app.generation import ToolCall
+from qwenvl_app.web.chat.strict_model import StrictModel
 from qwenvl_app.web.errors import InvalidParameter
-from qwenvl_app.web.strict_model import StrictModel
 
 if TYPE_CHECKING:
-    from qwenvl_app.web.chat_schema import ChatMessage
+    from qwenvl_app.web.chat.schema import ChatMessage
 
 MAX_TOOLS = 128  # as OpenAI has it
 # OpenAI's names, in any script and with dots: they stand in the prompt and between tags.

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from qwenvl_app.web.chat_neutral import Label
-from qwenvl_app.web.strict_model import StrictModel as _Model
+from qwenvl_app.web.chat.neutral import Label
+from qwenvl_app.web.chat.strict_model import StrictModel as _Model
 
 _MAX_SCHEMA = 1_000_000
 

@@ -11,7 +11,7 @@ from mimetypes import guess_type
 
 from flask import Blueprint, Response, abort, request
 
-from qwenvl_app.web import openapi
+from qwenvl_app.web.openapi import document as openapi
 
 _PAGE = """<!doctype html>
 <html lang="en">

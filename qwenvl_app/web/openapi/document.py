@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 from qwenvl_app.version import VERSION
-from qwenvl_app.web import answers, chat_answers, examples
-from qwenvl_app.web.chat_schema import ChatRequest
-from qwenvl_app.web.openapi_components import (
+from qwenvl_app.web.chat.schema import ChatRequest
+from qwenvl_app.web.openapi import answers, chat_answers, examples
+from qwenvl_app.web.openapi.components import (
     EVERYWHERE,
     GENERATING,
     WITH_KEY,

@@ -23,11 +23,11 @@ from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
 from qwenvl_app.web import sse
 from qwenvl_app.web.answering import Answering, Service
-from qwenvl_app.web.chat_schema import ChatMessage, ChatRequest, ImagePart, TextPart
+from qwenvl_app.web.chat.image_parts import load_image
+from qwenvl_app.web.chat.json_body import in_turn, read_json
+from qwenvl_app.web.chat.schema import ChatMessage, ChatRequest, ImagePart, TextPart
+from qwenvl_app.web.chat.tool_calls import CallReader
 from qwenvl_app.web.errors import as_service_error, dumps, openai_error
-from qwenvl_app.web.image_parts import load_image
-from qwenvl_app.web.json_body import in_turn, read_json
-from qwenvl_app.web.tool_calls import CallReader
 
 Json = dict[str, Any]
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from qwenvl_app.web.parameter_types import written_value
+from qwenvl_app.web.chat.parameter_types import written_value
 
 Functions = Mapping[str, Mapping[str, Any]]  # the schema of each one's arguments, by its name
 

@@ -1,0 +1,1 @@
+"""How the API describes itself: ``/openapi.json`` and ``/docs``."""
