@@ -23,8 +23,8 @@ _PROBE_TIMEOUT_S = 5.0
 _LONGEST_LIST = 2**20  # bytes of a list of models
 _PATIENCE = 2  # probes in a row that fail before those who wait there are sent elsewhere
 _FIRST_REST_S, _LONGEST_REST_S = 0.5, 30.0
-_SHARE = 1.25  # of the mean load that the favourite of a picture may have (bounded loads,
-# Mirrokni et al., arXiv:1608.01350)
+# Of the mean load, what a picture's favourite may have (bounded loads, arXiv:1608.01350).
+_SHARE = 1.25
 
 
 class Upstream:
@@ -179,14 +179,14 @@ class Upstreams:
                 return
             failures = failures + 1 if problem else 0
             if problem != upstream.problem:
-                log.warning("upstream %s: %s", upstream.name, problem or "well")
+                tell = log.warning if problem else log.info
+                tell("upstream %s: %s", upstream.name, problem or "well")
             upstream.problem, upstream.for_operator = problem, for_operator
             self._judge()
             upstream.asked.set()
             if failures == _PATIENCE and len(self.all) > 1:
                 upstream.send_away()
-            pause = self._probe_s * min(0.2 * 2 ** max(0, failures - 1), 4) if problem else 0
-            self._closed.wait(pause or self._probe_s)
+            self._closed.wait(self._probe_s * (min(0.1 * 2**failures, 4) if failures else 1))
 
     def _probe(self, upstream: Upstream) -> tuple[str | None, bool]:
         """What is wrong with it, and whether that is for the operator to mend.
@@ -231,7 +231,8 @@ class Upstreams:
             message = f"{unwell} of {len(problems)} upstreams are unwell" if unwell else "answering"
             phase = Phase.READY
         else:
-            message = "; ".join(f"{each.name}: {each.problem}" for each in self.all)
+            # By number: /readyz is open. The log has the names.
+            message = "; ".join(f"upstream {n}: {text}" for n, text in enumerate(problems, 1))
             failed = all(each.for_operator for each in self.all)
             phase = Phase.FAILED if failed else Phase.LOADING
         with self._lock:
@@ -242,9 +243,8 @@ class Upstreams:
 
 
 def _models(body: bytes) -> set[str]:
-    """The names in a list of models, aliases of a root as well."""
+    """The names in a list of models; none if it is no list."""
     try:
-        data = json.loads(body)["data"]
-        return {str(model["id"]) for model in data}
+        return {str(model["id"]) for model in json.loads(body)["data"]}
     except (ValueError, RecursionError, LookupError, TypeError):
         return set()
