@@ -67,7 +67,7 @@ def more(wild, asked) -> list[Asked]:
         ("asked", 4, 7, 0),
         ("asked", 4, 1024, 2**27),
         *(
-            pytest.param("more", *case, marks=pytest.mark.slow)
+            pytest.param("more", *case, marks=(pytest.mark.slow, pytest.mark.timeout(400)))
             for case in (
                 *((4, 7, 0), (4, 1024, 2**27), (1, 1024, 0), (4, 1024, 0), (16, 1024, 0)),
                 *((4, 64, 0), (16, 31, 2**20)),
