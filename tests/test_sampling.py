@@ -61,8 +61,10 @@ def chi_square(ours: Counter[int], theirs: Counter[int]) -> tuple[float, int]:
     [
         pytest.param({"temperature": 1.0, "top_k": 8}, marks=pytest.mark.slow),
         {"temperature": 0.7, "top_p": 0.8, "top_k": 20},  # Qwen3-VL's own
-        {"temperature": 1.5, "top_k": 12, "min_p": 0.1},
-        {"temperature": 1.3, "top_k": 10, "repetition_penalty": 1.3},
+        pytest.param({"temperature": 1.5, "top_k": 12, "min_p": 0.1}, marks=pytest.mark.slow),
+        pytest.param(
+            {"temperature": 1.3, "top_k": 10, "repetition_penalty": 1.3}, marks=pytest.mark.slow
+        ),
         pytest.param({"top_p": 0.5, "temperature": 2.0, "top_k": 0}, marks=pytest.mark.slow),
     ],
 )

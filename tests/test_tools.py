@@ -663,7 +663,7 @@ SHAPE: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("choice", "parallel", "stream"),
     [
-        ("required", True, True),
+        pytest.param("required", True, True, marks=pytest.mark.slow),
         ("required", False, False),
         ({"type": "function", "function": {"name": "形状"}}, None, True),
     ],
