@@ -223,3 +223,14 @@ def test_the_installer_is_a_valid_script():
     assert copied
     for name in copied[1].replace("\\\n", " ").split():
         assert (ROOT / name).exists(), name
+
+
+def test_what_is_installed_is_enough(tmp_path: Path):
+    """In the release directory nothing else of the checkout is there."""
+    script = (DEPLOY / "install.sh").read_text(encoding="utf-8")
+    copied = re.search(r"cp -r ([^$]+?) \"\$RELEASE\"", script)
+    assert copied
+    for name in copied[1].replace("\\\n", " ").split():
+        run("cp", "-r", str(ROOT / name), str(tmp_path))
+    done = run(sys.executable, "-m", "flask", "--app", "wsgi", "check-config", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -35,11 +35,10 @@ def build(folder: Path) -> Path:
 
 
 def test_every_package_is_named():
-    """pyproject.toml lists them, since config/ and the samples lie beside the others."""
+    """pyproject.toml lists them, since config/ lies beside the others."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {str(path.parent.relative_to(ROOT)) for path in ROOT.glob("qwenvl_app/**/__init__.py")}
-    beside = {"qwenvl_app.config", "qwenvl_app.web.samples"}
-    assert set(listed) == {name.replace("/", ".") for name in found} | beside
+    assert set(listed) == {name.replace("/", ".") for name in found} | {"qwenvl_app.config"}
 
 
 @pytest.mark.slow

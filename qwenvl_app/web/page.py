@@ -15,13 +15,7 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_PACKAGE = Path(__file__).resolve().parent
-# In a checkout they lie with the demo, in a wheel beside this module.
-SAMPLES = next(
-    path
-    for path in (_PACKAGE / "samples", _PACKAGE.parent.parent / "demo" / "samples")
-    if path.is_dir()
-)
+SAMPLES = Path(__file__).resolve().parent / "samples"  # in the checkout demo/samples leads here
 
 
 def blueprint() -> Blueprint:

@@ -58,6 +58,7 @@ class Forced:
     """In a Sampler's place: says what it is told, and keeps the logits it would have drawn from."""
 
     rng = matcher = None
+    processes = True
 
     def __init__(self, tokens: list[int]):
         self._tokens = iter(tokens)
