@@ -48,7 +48,7 @@ def data_url(rng: np.random.Generator, edge: int) -> str:
 
 def of_engine(engine: Engine, url: str, sampling: SamplingParams) -> Iterator[None]:
     """One for each piece of text."""
-    image = load_image(url, "", 50.0, {})
+    image, _ = load_image(url, "", 50.0, {})
     sequence = engine.submit(GenerationRequest(question(image, ASKED), "", sampling, stream=True))
     for delta in sequence:
         if delta.text:
