@@ -15,8 +15,8 @@ from flask.testing import FlaskClient
 from qwenvl_app import create_app, process, testing
 from qwenvl_app.service.admission import Admission
 from qwenvl_app.settings import Settings, load_settings
+from qwenvl_app.testing import ScriptedBackend
 from tests import declared
-from tests.fakes import FakeBackend
 from tests.waiting import until
 from tests.wire import MULTIPART, ROUTE, Answer
 
@@ -70,12 +70,12 @@ def settings() -> Settings:
 
 
 @pytest.fixture
-def backend() -> FakeBackend:
-    return FakeBackend("这是", "一个", "答案。")
+def backend() -> ScriptedBackend:
+    return ScriptedBackend("这是", "一个", "答案。")
 
 
 @pytest.fixture
-def app(settings: Settings, backend: FakeBackend) -> Iterator[Flask]:
+def app(settings: Settings, backend: ScriptedBackend) -> Iterator[Flask]:
     app = create_app(settings, backend)
     undeclared = declared.watch(app)
     yield app

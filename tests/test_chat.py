@@ -17,9 +17,9 @@ from qwenvl_app import create_app
 from qwenvl_app.errors import BadSchema, Unavailable
 from qwenvl_app.generation import Constraint, Phase, Status
 from qwenvl_app.settings import load_settings
+from qwenvl_app.testing import ScriptedBackend
 from qwenvl_app.web.chat import json_body
 from qwenvl_app.web.chat.schema import ChatRequest
-from tests.fakes import FakeBackend
 from tests.wire import PNG
 
 ROUTE = "/v1/chat/completions"
@@ -49,7 +49,7 @@ def events(response) -> list:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def test_an_answer(client, backend: FakeBackend):
+def test_an_answer(client, backend: ScriptedBackend):
     response = client.post(ROUTE, json=hello(model="any"), headers={"X-Request-ID": "one"})
     assert response.status_code == 200
     body = response.json
@@ -78,7 +78,7 @@ def test_an_answer(client, backend: FakeBackend):
     assert backend.requests[0].stream is False
 
 
-def test_what_the_backend_is_asked(client, backend: FakeBackend):
+def test_what_the_backend_is_asked(client, backend: ScriptedBackend):
     messages = [
         {"role": "developer", "content": "be brief"},
         {"role": "user", "content": [*image(URL)["messages"][0]["content"], said_part("what?")]},
@@ -114,7 +114,7 @@ def said_part(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def test_a_stream(client, backend: FakeBackend):
+def test_a_stream(client, backend: ScriptedBackend):
     asked = hello(stream=True, stream_options={"include_usage": True})
     response = client.post(ROUTE, json=asked)
     assert response.mimetype == "text/event-stream"
@@ -133,7 +133,7 @@ def test_a_stream(client, backend: FakeBackend):
 @pytest.mark.parametrize(
     ("failure", "code"), [(Unavailable.exhausted(), "memory"), (KeyError("secret"), "internal")]
 )
-def test_an_error_in_mid_stream(client, backend: FakeBackend, caplog, failure, code):
+def test_an_error_in_mid_stream(client, backend: ScriptedBackend, caplog, failure, code):
     caplog.set_level(logging.INFO)
     backend.failure = failure
     response = client.post(ROUTE, json=hello(stream=True))
@@ -147,7 +147,7 @@ def test_an_error_in_mid_stream(client, backend: FakeBackend, caplog, failure, c
     assert not [line for line in samples if "request_success_total{" in line and " 1.0" in line]
 
 
-def test_an_error_before_the_first_token_has_its_status(client, backend: FakeBackend):
+def test_an_error_before_the_first_token_has_its_status(client, backend: ScriptedBackend):
     backend.pieces, backend.failure = [], Unavailable.exhausted()
     response = client.post(ROUTE, json=hello(stream=True))
     assert (response.status_code, response.mimetype) == (503, "application/json")
@@ -155,7 +155,7 @@ def test_an_error_before_the_first_token_has_its_status(client, backend: FakeBac
     assert int(response.headers["Retry-After"]) > 0
 
 
-def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: FakeBackend):
+def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: ScriptedBackend):
     """A generator that never ran has no finally: the close of the response releases."""
     response = app.test_client().post(ROUTE, json=hello(stream=True), buffered=False)
     admission = app.extensions["qwenvl"]["admission"]
@@ -171,12 +171,12 @@ def test_models(client):
     assert (model["id"], model["object"], model["owned_by"]) == ("demo", "model", "qwenvl")
 
 
-def test_not_ready_and_no_key(client, backend: FakeBackend):
+def test_not_ready_and_no_key(client, backend: ScriptedBackend):
     backend.phase = Status(Phase.LOADING)
     response = client.post(ROUTE, json=hello())
     assert (response.status_code, response.json["error"]["code"]) == (503, "loading")
     assert response.headers["Retry-After"] == "10"
-    keyed = create_app(load_settings({"QWENVL_API_KEYS": "k"}), FakeBackend("x")).test_client()
+    keyed = create_app(load_settings({"QWENVL_API_KEYS": "k"}), ScriptedBackend("x")).test_client()
     response = keyed.post(ROUTE, json=hello())
     assert response.status_code == 401
     assert response.json["error"]["type"] == "authentication_error"
@@ -360,13 +360,13 @@ def check(response, status: int = 400) -> dict:
 
 
 @pytest.mark.parametrize("name", BROKEN_JSON)
-def test_broken_json(client, backend: FakeBackend, name: str):
+def test_broken_json(client, backend: ScriptedBackend, name: str):
     check(client.post(ROUTE, data=BROKEN_JSON[name], content_type="application/json"))
     assert backend.requests == []
 
 
 @pytest.mark.parametrize("name", BAD_FIELDS)
-def test_bad_fields(client, backend: FakeBackend, name: str):
+def test_bad_fields(client, backend: ScriptedBackend, name: str):
     error = check(client.post(ROUTE, json=BAD_FIELDS[name]))
     assert error["param"], error
     assert error["message"].startswith(error["param"].split(".")[0])
@@ -374,7 +374,7 @@ def test_bad_fields(client, backend: FakeBackend, name: str):
 
 
 @pytest.mark.parametrize("name", NOTHING)
-def test_what_asks_for_nothing_changes_nothing(client, backend: FakeBackend, name: str):
+def test_what_asks_for_nothing_changes_nothing(client, backend: ScriptedBackend, name: str):
     for asked in (hello(), NOTHING[name]):
         response = client.post(ROUTE, json=asked)
         assert response.status_code == 200, response.text
@@ -384,7 +384,7 @@ def test_what_asks_for_nothing_changes_nothing(client, backend: FakeBackend, nam
     assert other == plain
 
 
-def test_values_at_their_ends(client, backend: FakeBackend):
+def test_values_at_their_ends(client, backend: ScriptedBackend):
     """vLLM's -1 for all tokens, and the longest answer of another model, which is cut to ours."""
     for fields in ({"top_k": -1}, {"seed": -(2**63)}, {"max_completion_tokens": 10**6}):
         assert client.post(ROUTE, json=hello(**fields)).status_code == 200
@@ -424,7 +424,7 @@ def test_bodies_over_limits_and_of_other_types(client, settings):
     check(client.post(ROUTE, json=said("x", "assistant", reasoning_content=long)), 413)
 
 
-def test_who_waits_to_read_a_large_body_has_a_deadline(backend: FakeBackend):
+def test_who_waits_to_read_a_large_body_has_a_deadline(backend: ScriptedBackend):
     """It waited for as long as those before it took, and longer than its client."""
     app = create_app(load_settings({}, request_timeout_s=0.2), backend)
     large = said("x" * 2**18)
@@ -436,7 +436,7 @@ def test_who_waits_to_read_a_large_body_has_a_deadline(backend: FakeBackend):
     assert not json_body._turn.locked()
 
 
-def test_pictures_have_one_limit_together(client, backend: FakeBackend, settings):
+def test_pictures_have_one_limit_together(client, backend: ScriptedBackend, settings):
     """A small body can hold hundreds of pictures that are gigabytes once decoded."""
     side = int((settings.max_image_megapixels * 1e6 / 3) ** 0.5)
     large = io.BytesIO()
@@ -449,7 +449,7 @@ def test_pictures_have_one_limit_together(client, backend: FakeBackend, settings
     assert len(backend.requests) == 1
 
 
-def test_what_an_answer_has_to_be(client, backend: FakeBackend):
+def test_what_an_answer_has_to_be(client, backend: ScriptedBackend):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     named = {"name": "x", "schema": schema, "strict": True}
     for wanted, constraint in (
@@ -461,7 +461,7 @@ def test_what_an_answer_has_to_be(client, backend: FakeBackend):
         assert backend.requests.pop().constraint == constraint
 
 
-def test_what_the_model_refuses_is_said_in_english(client, backend: FakeBackend):
+def test_what_the_model_refuses_is_said_in_english(client, backend: ScriptedBackend):
     backend.failure = BadSchema("it is odd", keyword="contains")
     error = check(client.post(ROUTE, json=hello()))
     assert error["message"] == "The JSON schema is not supported (keyword: contains): it is odd."

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from qwenvl_app.testing import ScriptedBackend, prompt_of
 from tests.contract import FROM_SOURCE, RECORDED, Case
-from tests.fakes import FakeBackend, prompt_of
 from tests.wire import END, IMAGE, PNG, PROMPT, ROUTE, part
 
 
 @pytest.mark.parametrize("case", RECORDED + FROM_SOURCE, ids=lambda case: case.name)
-def test_recorded_answers(case: Case, client, backend: FakeBackend):
+def test_recorded_answers(case: Case, client, backend: ScriptedBackend):
     response = client.open(
         case.path, method=case.method, data=case.body, content_type=case.content_type
     )
@@ -49,12 +49,12 @@ def test_recorded_answers(case: Case, client, backend: FakeBackend):
         "type with a parameter",
     ],
 )
-def test_accepted(post, backend: FakeBackend, body: bytes, prompt: str):
+def test_accepted(post, backend: ScriptedBackend, body: bytes, prompt: str):
     assert post(body).status == 200
     assert prompt_of(backend.requests[0]) == prompt
 
 
-def test_of_two_images_the_last_counts(post, backend: FakeBackend):
+def test_of_two_images_the_last_counts(post, backend: ScriptedBackend):
     from tests.wire import picture
 
     first = part("image", picture(size=(10, 10)), "1.png", "image/png")

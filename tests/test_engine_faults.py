@@ -22,9 +22,9 @@ from qwenvl_app.engine.vision import VisionPass
 from qwenvl_app.errors import DeadlineExceeded, InternalError, Unavailable
 from qwenvl_app.generation import FinishReason, question
 from qwenvl_app.loading.load import load
+from qwenvl_app.testing import prompt_of
 from tests import families
 from tests.engines import agrees, finish, generate, random_request, running, spread, until_idle
-from tests.fakes import prompt_of
 
 FAULTS = [
     (Runner, "begin_vision"),

@@ -9,8 +9,8 @@ import pytest
 
 from qwenvl_app import create_app
 from qwenvl_app.settings import load_settings
+from qwenvl_app.testing import ScriptedBackend, prompt_of
 from tests.contract import URLENCODED
-from tests.fakes import FakeBackend, prompt_of
 from tests.wire import BOUNDARY, END, GOOD, IMAGE, MULTIPART, PNG, PROMPT, ROUTE, part
 
 TOO_MANY = "Too many fields. Maximum number of fields is 3."
@@ -27,7 +27,7 @@ TOO_LONG = "Part exceeded maximum size of 2KB."
     ],
     ids=["parts", "urlencoded parts", "field", "urlencoded field"],
 )
-def test_limits_are_settings(backend: FakeBackend, body, content_type, detail):
+def test_limits_are_settings(backend: ScriptedBackend, body, content_type, detail):
     app = create_app(load_settings({}, max_parts=3, max_field_kb=2), backend)
     client = app.test_client()
     response = client.post(ROUTE, data=body, content_type=content_type)
@@ -99,7 +99,7 @@ def raw_image(disposition: bytes, kind: bytes = b"image/png") -> bytes:
 )
 @pytest.mark.parametrize("form", ["name={0}; filename={1}", "filename={1}; name={0}"])
 @pytest.mark.parametrize("more", ["", "; x=y", ' ; x="y"'])
-def test_any_file_name_is_one(post, backend: FakeBackend, form, name, more):
+def test_any_file_name_is_one(post, backend: ScriptedBackend, form, name, more):
     """A quoted one that ends in a backslash was none, and the picture came back in the error.
 
     What is behind a quote that never ends is part of the name, and so may be the field's name.
@@ -145,7 +145,7 @@ def test_any_boundary(post, parameter):
     "near", [b"\n--%s\r\n", b"\r\n--%sx", b"\r\n--%s-", b"\r\n--%s\r", b"--%s--\r\n"]
 )
 @pytest.mark.parametrize("boundary", [b"b", BOUNDARY.encode()])
-def test_what_is_nearly_a_boundary_is_data(post, backend: FakeBackend, near, boundary):
+def test_what_is_nearly_a_boundary_is_data(post, backend: ScriptedBackend, near, boundary):
     """A line feed before one in a form whose lines end in CRLF ended the part."""
     text = b"what? " + near % boundary + b"."
     body = (IMAGE + part("prompt", text) + END).replace(BOUNDARY.encode(), boundary)
@@ -155,7 +155,7 @@ def test_what_is_nearly_a_boundary_is_data(post, backend: FakeBackend, near, bou
 
 
 @pytest.mark.parametrize("end", [b"\r\n", b"\n"])
-def test_the_first_line_shows_how_lines_end(post, backend: FakeBackend, end):
+def test_the_first_line_shows_how_lines_end(post, backend: ScriptedBackend, end):
     body = part("prompt", b"a\nb") + IMAGE.replace(PNG, b"PICTURE") + END
     body = body.replace(b"\r\n", end).replace(b"PICTURE", PNG)
     assert post(body).status == 200
@@ -164,7 +164,7 @@ def test_the_first_line_shows_how_lines_end(post, backend: FakeBackend, end):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000, 2**18 - 1, 2**18, 2**18 + 1])
-def test_a_part_of_any_size_ends_where_it_should(client, backend: FakeBackend, size):
+def test_a_part_of_any_size_ends_where_it_should(client, backend: ScriptedBackend, size):
     """Wherever in a piece of the body that is read at once a boundary begins."""
     for filling in (b"\r", b"\r\n", b"-", f"\r\n--{BOUNDARY}"[:-1].encode()):
         filler = (filling * (size // len(filling) + 1))[:size]

@@ -11,7 +11,7 @@ import pytest
 from flask.testing import FlaskClient
 from PIL import Image
 
-from tests.fakes import FakeBackend, prompt_of
+from qwenvl_app.testing import ScriptedBackend, prompt_of
 from tests.picture_writers import png, ramp, tiff
 from tests.pictures import chunk, exif, jpeg_with, mode, packed_text, segment, small_webp
 from tests.wire import BOUNDARY, END, GOOD, MULTIPART, PROMPT, ROUTE, part, picture
@@ -85,7 +85,9 @@ def mutate(rng: random.Random, seed: bytes) -> bytes:
     return bytes(data)
 
 
-def attack(client: FlaskClient, backend: FakeBackend, body: bytes, kind: str = MULTIPART) -> int:
+def attack(
+    client: FlaskClient, backend: ScriptedBackend, body: bytes, kind: str = MULTIPART
+) -> int:
     started = time.thread_time()
     response = client.post(ROUTE, data=body, content_type=kind)
     assert response.status_code in (200, 400, 413, 422), body
@@ -97,7 +99,7 @@ def attack(client: FlaskClient, backend: FakeBackend, body: bytes, kind: str = M
 
 @pytest.mark.parametrize("count", [300, pytest.param(1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SEEDS)
-def test_mutated_pictures(name: str, count: int, client: FlaskClient, backend: FakeBackend):
+def test_mutated_pictures(name: str, count: int, client: FlaskClient, backend: ScriptedBackend):
     rng = random.Random(name)
     tail = PROMPT + END
     statuses = {
@@ -109,7 +111,7 @@ def test_mutated_pictures(name: str, count: int, client: FlaskClient, backend: F
 
 
 @pytest.mark.parametrize("count", [1000, pytest.param(5000, marks=pytest.mark.slow)])
-def test_mutated_forms(count: int, client: FlaskClient, backend: FakeBackend):
+def test_mutated_forms(count: int, client: FlaskClient, backend: ScriptedBackend):
     rng = random.Random(4)
     small = part("image", SEEDS["GIF"], "a.gif", "image/gif") + PROMPT + END
     tokens = [b"\r\n", b"\r", b"\n", b"--", b"\0", b'"', b";", b":", f"--{BOUNDARY}".encode(), END]
@@ -161,7 +163,7 @@ NAUGHTY = (
 
 
 @pytest.mark.parametrize("where", ["prompt", "file name", "type"])
-def test_naughty_strings(where: str, client: FlaskClient, backend: FakeBackend):
+def test_naughty_strings(where: str, client: FlaskClient, backend: ScriptedBackend):
     """As a prompt they arrive as they were sent."""
     assert len(NAUGHTY) >= 60
     for text in NAUGHTY:

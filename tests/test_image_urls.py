@@ -22,9 +22,9 @@ from PIL import Image
 from qwenvl_app import create_app
 from qwenvl_app.generation import Phase, Status
 from qwenvl_app.settings import SettingsError, load_settings
+from qwenvl_app.testing import ScriptedBackend
 from qwenvl_app.web.chat import image_urls, transfer
 from tests import image_host
-from tests.fakes import FakeBackend
 from tests.image_host import NAME, FalseDNS, ImageHost
 from tests.waiting import until
 
@@ -81,7 +81,7 @@ def reachable(monkeypatch, certificates, dns) -> None:
 
 
 @pytest.fixture
-def make(backend: FakeBackend) -> Iterator[Make]:
+def make(backend: ScriptedBackend) -> Iterator[Make]:
     """Applications that fetch from the given hosts."""
     apps = []
 
@@ -120,7 +120,7 @@ def refused(response, status: int = 400) -> str:
 
 
 @pytest.mark.parametrize("path", image_host.WELL)
-def test_a_picture(client, backend: FakeBackend, host: ImageHost, url: str, dns, path: str):
+def test_a_picture(client, backend: ScriptedBackend, host: ImageHost, url: str, dns, path: str):
     assert client.post(ROUTE, json=ask(f"{url}{path}?token=1&b=%20#top")).status_code == 200
     assert [picture.size for picture in backend.requests[0].images] == [(64, 64)]
     first, *lines = host.heads[0].split("\r\n")

@@ -14,7 +14,7 @@ import pytest
 from qwenvl_app import create_app, logs
 from qwenvl_app.errors import Unavailable
 from qwenvl_app.settings import load_settings
-from tests.fakes import FakeBackend
+from qwenvl_app.testing import ScriptedBackend
 from tests.wire import END, GOOD, IMAGE, MULTIPART, ROUTE, part
 
 FORMATS = ["text", "json"]
@@ -72,7 +72,7 @@ def test_one_line_for_a_request_with_what_was_measured(lines, client):
     assert {"total_s", "read_s", "queue_s", "image_s"} <= found.keys()
 
 
-def test_a_refusal_says_why(lines, client, backend: FakeBackend):
+def test_a_refusal_says_why(lines, client, backend: ScriptedBackend):
     backend.refusal = Unavailable.exhausted()
     client.post(ROUTE, data=GOOD, content_type=MULTIPART)
     client.get("/nope?secret=1")
@@ -128,7 +128,7 @@ def test_every_line_of_a_request_has_its_id_and_others_have_not(lines, client, b
 )
 def test_the_client_address_behind_proxies(lines, hops, forwarded, expected):
     settings = load_settings({}, trusted_hops=hops)
-    client = create_app(settings, FakeBackend()).test_client()
+    client = create_app(settings, ScriptedBackend()).test_client()
     client.get("/livez", headers={"X-Forwarded-For": forwarded} if forwarded else {})
     assert fields(lines[0])["client"] == expected
 

@@ -26,8 +26,8 @@ from qwenvl_app.service.admission import Admission
 from qwenvl_app.service.metrics import LATE, REASONS, Metrics
 from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.settings import Settings
+from qwenvl_app.testing import ScriptedBackend
 from tests.engines import running
-from tests.fakes import FakeBackend
 from tests.waiting import until
 from tests.wire import END, GOOD, IMAGE, MULTIPART, PNG, PROMPT, ROUTE, part
 
@@ -54,7 +54,7 @@ def scrape(client: FlaskClient) -> Samples:
     return parse(response.text)
 
 
-def test_a_known_mix_is_counted_exactly(client: FlaskClient, backend: FakeBackend):
+def test_a_known_mix_is_counted_exactly(client: FlaskClient, backend: ScriptedBackend):
     """Each request once in the HTTP counter and, if it was for the model, once in an outcome."""
 
     def ask(body: bytes, expected: int) -> None:
@@ -144,7 +144,7 @@ def test_histograms_of_one_answer():
     assert samples['qwenvl_request_success_total{finished_reason="length"}'] == 1
 
 
-def test_the_state_is_that_of_the_moment(app: Flask, client: FlaskClient, backend: FakeBackend):
+def test_the_state_is_that_of_the_moment(app: Flask, client: FlaskClient, backend: ScriptedBackend):
     """One request runs: it holds a permit and is not counted before its end."""
     backend.go.clear()
     thread = threading.Thread(
@@ -164,7 +164,7 @@ def test_the_state_is_that_of_the_moment(app: Flask, client: FlaskClient, backen
 
 
 @pytest.mark.parametrize("phase", Phase)
-def test_the_phase_and_its_age(client: FlaskClient, backend: FakeBackend, phase: Phase):
+def test_the_phase_and_its_age(client: FlaskClient, backend: ScriptedBackend, phase: Phase):
     backend.phase = Status(phase, since=Status(phase).since - 100)
     samples = scrape(client)
     for each in Phase:
@@ -173,7 +173,7 @@ def test_the_phase_and_its_age(client: FlaskClient, backend: FakeBackend, phase:
 
 
 def test_two_applications_do_not_share_a_counter(settings: Settings):
-    first, second = (create_app(settings, FakeBackend()).test_client() for _ in range(2))
+    first, second = (create_app(settings, ScriptedBackend()).test_client() for _ in range(2))
     first.get("/livez")
     name = 'qwenvl_http_requests_total{route="/livez",status="200"}'
     assert scrape(first)[name] == 1

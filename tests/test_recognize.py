@@ -17,8 +17,8 @@ from qwenvl_app.errors import InternalError
 from qwenvl_app.generation import Phase, Status
 from qwenvl_app.images.decode import decode_image
 from qwenvl_app.settings import load_settings
+from qwenvl_app.testing import ScriptedBackend, prompt_of
 from qwenvl_app.version import VERSION
-from tests.fakes import FakeBackend, prompt_of
 from tests.waiting import until
 from tests.wire import END, GOOD, IMAGE, MULTIPART, PROMPT, ROUTE, part, picture
 
@@ -40,7 +40,7 @@ def detail(answer) -> str:
         ),
     ],
 )
-def test_not_ready(post, client, backend: FakeBackend, phase, status, text, retry):
+def test_not_ready(post, client, backend: ScriptedBackend, phase, status, text, retry):
     backend.phase = Status(phase, "weights are missing")
     answer = post(GOOD)
     assert answer.status == status
@@ -78,7 +78,7 @@ def test_an_unexpected_error_is_a_fixed_sentence_and_goes_to_the_log_once(post, 
     assert number in errors[0].getMessage()
 
 
-def test_an_error_of_the_engine_keeps_its_sentence(post, backend: FakeBackend):
+def test_an_error_of_the_engine_keeps_its_sentence(post, backend: ScriptedBackend):
     backend.refusal = InternalError("推理时发生错误。")
     assert detail(post(GOOD)).startswith("服务器内部错误: 推理时发生错误。（请求编号 ")
 
@@ -107,7 +107,7 @@ def test_a_body_over_the_limit(backend, length):
     assert response.json == {"detail": "上传的内容超过 1 MB 的限制。"}
 
 
-def test_four_permits_are_taken_before_decoding_and_given_back(app, backend: FakeBackend):
+def test_four_permits_are_taken_before_decoding_and_given_back(app, backend: ScriptedBackend):
     backend.go.clear()
     admission = app.extensions["qwenvl"]["admission"]
     statuses: list[int] = []
@@ -138,7 +138,7 @@ def test_four_permits_are_taken_before_decoding_and_given_back(app, backend: Fak
 
 
 @pytest.mark.parametrize("failure", [None, ValueError("boom")])
-def test_a_permit_comes_back_whatever_happens(app, post, backend: FakeBackend, failure):
+def test_a_permit_comes_back_whatever_happens(app, post, backend: ScriptedBackend, failure):
     backend.failure = failure
     for _ in range(10):
         post(GOOD)
@@ -146,7 +146,7 @@ def test_a_permit_comes_back_whatever_happens(app, post, backend: FakeBackend, f
     assert app.extensions["qwenvl"]["admission"].free == 4
 
 
-def test_a_full_waiting_room_is_a_503(backend: FakeBackend):
+def test_a_full_waiting_room_is_a_503(backend: ScriptedBackend):
     app = create_app(load_settings({}, max_concurrency=1, max_waiting=0), backend)
     backend.go.clear()
     first = threading.Thread(
@@ -230,7 +230,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize(("sent", "expected"), PROMPTS.values(), ids=PROMPTS)
-def test_a_prompt_comes_through_unchanged(post, backend: FakeBackend, sent, expected):
+def test_a_prompt_comes_through_unchanged(post, backend: ScriptedBackend, sent, expected):
     assert post(IMAGE + part("prompt", sent) + END).status == 200
     assert prompt_of(backend.requests[0]) == expected
 
@@ -265,7 +265,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("sent", UNREADABLE.values(), ids=UNREADABLE)
-def test_no_answer_to_mojibake(post, backend: FakeBackend, sent):
+def test_no_answer_to_mojibake(post, backend: ScriptedBackend, sent):
     """They were read as Latin-1, and the model answered that."""
     answer = post(IMAGE + part("prompt", sent) + END)
     assert (answer.status, detail(answer)) == (400, NO_TEXT)
@@ -293,7 +293,7 @@ CHARSETS = [
 
 @pytest.mark.parametrize(("charset", "text", "codec"), CHARSETS)
 @pytest.mark.parametrize("where", ["request", "part", "field", "field behind", "before"])
-def test_the_charset_that_was_declared(post, backend: FakeBackend, charset, text, codec, where):
+def test_the_charset_that_was_declared(post, backend: ScriptedBackend, charset, text, codec, where):
     """It was ignored. As in Starlette the request's counts, and as RFC 7578 says the other two."""
     kind = f"text/plain; charset={charset}" if where == "part" else None
     name = "图表.png".encode(codec, "ignore")
@@ -309,7 +309,7 @@ def test_the_charset_that_was_declared(post, backend: FakeBackend, charset, text
     assert prompt_of(backend.requests[0]) == text
 
 
-def test_the_nearest_charset_counts(post, backend: FakeBackend):
+def test_the_nearest_charset_counts(post, backend: ScriptedBackend):
     named, gbk = part("_charset_", b"koi8-r"), f"{MULTIPART}; charset=GBK"
     own = part("prompt", "圖片".encode("big5"), None, "text/plain; charset=big5")
     assert post(named + IMAGE + own + END, gbk).status == 200
@@ -325,7 +325,7 @@ def test_the_nearest_charset_counts(post, backend: FakeBackend):
         *("rot13", "zlib", "bz2", "base64", "idna", "punycode", "unicode_escape", "undefined"),
     ],
 )
-def test_no_such_charset(post, backend: FakeBackend, charset, where):
+def test_no_such_charset(post, backend: ScriptedBackend, charset, where):
     """Python has codecs that are no charsets; some unpack megabytes from a few bytes."""
     kind = f"text/plain; charset={charset}" if where == "part" else None
     body = IMAGE + part("prompt", b"what?", None, kind) + END
@@ -366,7 +366,7 @@ def test_a_picture_that_was_sent_as_text_does_not_come_back(post, data, charset)
     assert detail(answer) == NO_TEXT.replace("prompt", "image")
 
 
-def test_a_prompt_that_is_too_long_takes_no_permit(app, post, backend: FakeBackend):
+def test_a_prompt_that_is_too_long_takes_no_permit(app, post, backend: ScriptedBackend):
     admission = app.extensions["qwenvl"]["admission"]
     admission.drain()  # who asks for a permit now gets 503
     for length in (50_001, 100_000):
@@ -444,7 +444,7 @@ def ended(thread: threading.Thread, answers: list, seconds: float = 5) -> tuple[
     return answers[0].status_code, answers[0].json
 
 
-def test_the_deadline_of_a_generation(backend: FakeBackend, client, app):
+def test_the_deadline_of_a_generation(backend: ScriptedBackend, client, app):
     """It starts with the request's first byte: here most of the time went by before the view."""
     backend.go.clear()
     began = time.monotonic()
@@ -454,7 +454,7 @@ def test_the_deadline_of_a_generation(backend: FakeBackend, client, app):
     assert client.post(ROUTE, data=GOOD, content_type=MULTIPART).status_code == 200
 
 
-def test_the_deadline_in_the_queue_and_before(backend: FakeBackend):
+def test_the_deadline_in_the_queue_and_before(backend: ScriptedBackend):
     settings = load_settings({}, max_concurrency=1, request_timeout_s=60)
     app = create_app(settings, backend)
     backend.go.clear()
@@ -469,7 +469,7 @@ def test_the_deadline_in_the_queue_and_before(backend: FakeBackend):
 
 
 @pytest.mark.parametrize("stage", ["before", "waiting", "generating"])
-def test_a_client_that_leaves_frees_its_place(app, backend: FakeBackend, caplog, stage):
+def test_a_client_that_leaves_frees_its_place(app, backend: ScriptedBackend, caplog, stage):
     """The generation went on to its end, for nobody, and nobody else had the permit meanwhile."""
     admission = app.extensions["qwenvl"]["admission"]
     backend.go.clear()
@@ -538,7 +538,7 @@ def test_a_connection_that_breaks_during_the_upload(app, caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_draining(app, backend: FakeBackend, client):
+def test_draining(app, backend: ScriptedBackend, client):
     """SIGTERM: what runs ends, what waits and what comes is refused, and /readyz says so."""
     extension = app.extensions["qwenvl"]
     backend.go.clear()

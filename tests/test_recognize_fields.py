@@ -7,9 +7,9 @@ import pytest
 from qwenvl_app import create_app
 from qwenvl_app.generation import SamplingParams
 from qwenvl_app.settings import load_settings
+from qwenvl_app.testing import ScriptedBackend
 from qwenvl_app.web.chat.schema import ChatRequest
 from qwenvl_app.web.schema import RecognizeForm
-from tests.fakes import FakeBackend
 from tests.wire import END, GOOD, IMAGE, MULTIPART, PROMPT, ROUTE, part
 
 ANSWER = '{"status":"success","result":"这是一个答案。"}'.encode()
@@ -22,12 +22,12 @@ def form(**fields: str) -> bytes:
     return IMAGE + PROMPT + b"".join(parts) + END
 
 
-def test_without_them_nothing_is_asked_of_the_engine(post, backend: FakeBackend):
+def test_without_them_nothing_is_asked_of_the_engine(post, backend: ScriptedBackend):
     assert post(GOOD).body == ANSWER
     assert backend.requests[0].sampling == SamplingParams(repetition_limit=REPETITION)
 
 
-def test_what_the_engine_is_asked(post, backend: FakeBackend):
+def test_what_the_engine_is_asked(post, backend: ScriptedBackend):
     body = form(
         max_new_tokens="7",
         temperature="0.5",
@@ -56,7 +56,7 @@ def test_what_the_engine_is_asked(post, backend: FakeBackend):
     )
 
 
-def test_one_alone_leaves_the_others_to_the_checkpoint(post, backend: FakeBackend):
+def test_one_alone_leaves_the_others_to_the_checkpoint(post, backend: ScriptedBackend):
     assert post(form(temperature="0")).status == 200
     assert backend.requests[0].sampling == SamplingParams(
         temperature=0.0, repetition_limit=REPETITION
@@ -64,7 +64,7 @@ def test_one_alone_leaves_the_others_to_the_checkpoint(post, backend: FakeBacken
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONAL))
-def test_an_empty_one_counts_as_not_sent(post, backend: FakeBackend, name: str):
+def test_an_empty_one_counts_as_not_sent(post, backend: ScriptedBackend, name: str):
     """And so does what a browser sends for a file input that was left empty."""
     assert post(form(**{name: ""})).body == ANSWER
     unused = part(name, b"", "", "application/octet-stream")
@@ -76,7 +76,7 @@ def test_an_empty_one_counts_as_not_sent(post, backend: FakeBackend, name: str):
 @pytest.mark.parametrize(
     "name", ["model", "max_tokens", "Temperature", "stream", "ignore_eos", "n", "x", "temperature "]
 )
-def test_unrelated_fields_are_ignored_as_ever(post, backend: FakeBackend, name: str):
+def test_unrelated_fields_are_ignored_as_ever(post, backend: ScriptedBackend, name: str):
     assert post(form(**{name: "\x00 whatever"})).body == ANSWER
     assert backend.requests[0].sampling == SamplingParams(repetition_limit=REPETITION)
 
@@ -114,7 +114,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "value", "kind", "said", "context"), WRONG)
-def test_a_wrong_value(client, backend: FakeBackend, name, value, kind, said, context):
+def test_a_wrong_value(client, backend: ScriptedBackend, name, value, kind, said, context):
     response = client.post(ROUTE, data=form(**{name: value}), content_type=MULTIPART)
     assert response.status_code == 422
     (error,) = response.json["detail"]
@@ -139,7 +139,7 @@ def test_the_bytes_of_a_wrong_value(post):
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONAL))
-def test_one_that_is_sent_as_a_file(client, backend: FakeBackend, name: str):
+def test_one_that_is_sent_as_a_file(client, backend: ScriptedBackend, name: str):
     sent = part(name, b"1", "a.txt", "text/plain")
     response = client.post(ROUTE, data=IMAGE + PROMPT + sent + END, content_type=MULTIPART)
     assert response.status_code == 422
@@ -149,7 +149,7 @@ def test_one_that_is_sent_as_a_file(client, backend: FakeBackend, name: str):
     assert backend.requests == []
 
 
-def test_of_two_with_one_name_the_last_counts(post, backend: FakeBackend):
+def test_of_two_with_one_name_the_last_counts(post, backend: ScriptedBackend):
     """As of two prompts."""
     wrong, right = part("temperature", b"hot"), part("temperature", b"1")
     assert post(IMAGE + PROMPT + wrong + right + END).status == 200
@@ -160,21 +160,21 @@ def test_of_two_with_one_name_the_last_counts(post, backend: FakeBackend):
     assert backend.requests[-1].sampling.temperature is None
 
 
-def test_one_that_is_no_text(post, backend: FakeBackend):
+def test_one_that_is_no_text(post, backend: ScriptedBackend):
     answer = post(IMAGE + PROMPT + part("seed", b"\xff\xfe1") + END)
     assert answer.status == 400
     assert "字段 seed 的内容不是文本".encode() in answer.body
     assert backend.requests == []
 
 
-def test_one_in_the_charset_that_was_declared(post, backend: FakeBackend):
+def test_one_in_the_charset_that_was_declared(post, backend: ScriptedBackend):
     sent = part("stop", "结束".encode("gbk"))
     assert post(IMAGE + PROMPT + sent + END, f"{MULTIPART}; charset=gbk").status == 200
     assert backend.requests[0].sampling.stop == ("结束",)
 
 
 def test_the_most_tokens_are_the_operators():
-    app = create_app(load_settings({}, max_new_tokens=5000), FakeBackend("x"))
+    app = create_app(load_settings({}, max_new_tokens=5000), ScriptedBackend("x"))
     for most, status in (("5000", 200), ("5001", 422)):
         response = app.test_client().post(
             ROUTE, data=form(max_new_tokens=most), content_type=MULTIPART

@@ -15,7 +15,7 @@ from qwenvl_app import create_app
 from qwenvl_app.errors import DeadlineExceeded, InternalError, Unavailable
 from qwenvl_app.generation import Delta, FinishReason, Phase, Status, Usage
 from qwenvl_app.settings import load_settings
-from tests.fakes import FakeBackend, FakeGeneration
+from qwenvl_app.testing import ScriptedBackend, ScriptedGeneration
 from tests.waiting import until
 from tests.wire import END, GOOD, IMAGE, MULTIPART, PROMPT, ROUTE, part
 
@@ -43,11 +43,11 @@ def events(response) -> list[tuple[str, dict]]:
     return found
 
 
-class Told(FakeGeneration):
+class Told(ScriptedGeneration):
     """These deltas and nothing else."""
 
     def __init__(self, deltas: tuple[Delta, ...]):
-        super().__init__(FakeBackend(), [], None)
+        super().__init__(ScriptedBackend(), [], None)
         self.deltas = deltas
 
     def __iter__(self) -> Iterator[Delta]:
@@ -56,12 +56,12 @@ class Told(FakeGeneration):
 
 def answering(*deltas: Delta) -> FlaskClient:
     """A client of a service whose backend answers so."""
-    backend = FakeBackend()
+    backend = ScriptedBackend()
     backend.generate = lambda request: Told(deltas)  # type: ignore[method-assign]
     return create_app(load_settings({}), backend).test_client()
 
 
-def test_a_stream(client, backend: FakeBackend):
+def test_a_stream(client, backend: ScriptedBackend):
     response = ask(client)
     assert response.status_code == 200
     assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
@@ -123,7 +123,7 @@ def test_who_gets_events(client, accept: str):
         "text/event-stream;q=x",
     ],
 )
-def test_who_gets_json_as_ever(client, backend: FakeBackend, accept: str | None):
+def test_who_gets_json_as_ever(client, backend: ScriptedBackend, accept: str | None):
     response = ask(client, accept)
     assert (response.data, response.mimetype) == (ANSWER, "application/json")
     assert backend.requests[0].stream is False
@@ -232,20 +232,20 @@ def test_a_failure_of_the_engine(client, app, backend, caplog, failure, status, 
     assert not [line for line in samples if "request_success_total{" in line and " 1.0" in line]
 
 
-def test_not_ready_and_busy(client, backend: FakeBackend):
+def test_not_ready_and_busy(client, backend: ScriptedBackend):
     backend.phase = Status(Phase.LOADING)
     response = ask(client)
     assert (response.status_code, response.headers["Retry-After"]) == (503, "10")
     assert response.json == {"detail": "模型正在加载，请稍后重试。"}
 
 
-def test_the_deadline_before_the_first_piece(client, backend: FakeBackend):
+def test_the_deadline_before_the_first_piece(client, backend: ScriptedBackend):
     backend.go.clear()
     response = ask(client, environ_overrides={"qwenvl.arrived": time.monotonic() - 119.9})
     assert (response.status_code, response.json) == (504, {"detail": "请求处理超时，请稍后重试。"})
 
 
-def test_a_client_that_leaves_between_two_pieces(app, backend: FakeBackend, caplog):
+def test_a_client_that_leaves_between_two_pieces(app, backend: ScriptedBackend, caplog):
     """A generator that is not run to its end releases nothing: the close of the response does."""
     caplog.set_level(logging.INFO)
     admission = app.extensions["qwenvl"]["admission"]
@@ -263,7 +263,7 @@ def test_a_client_that_leaves_between_two_pieces(app, backend: FakeBackend, capl
     assert app.extensions["qwenvl"]["disconnects"].watched == 0
 
 
-def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: FakeBackend):
+def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: ScriptedBackend):
     response = ask(app.test_client(), buffered=False)
     admission = app.extensions["qwenvl"]["admission"]
     assert admission.free == admission.permits - 1

@@ -12,8 +12,8 @@ import pytest
 from flask import Flask
 
 from qwenvl_app.service.admission import Admission
+from qwenvl_app.testing import ScriptedBackend
 from tests import declared
-from tests.fakes import FakeBackend
 from tests.remote import fronted, served
 from tests.test_chat import (  # noqa: F401
     test_a_stream,
@@ -45,7 +45,7 @@ from tests.test_tools import (  # noqa: F401
 
 
 @pytest.fixture
-def app(backend: FakeBackend) -> Iterator[Flask]:
+def app(backend: ScriptedBackend) -> Iterator[Flask]:
     """The service in front of one whose backend is ``backend``."""
     with served(backend) as url, fronted(url) as (app, _):
         undeclared = declared.watch(app)

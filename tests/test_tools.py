@@ -23,10 +23,10 @@ from qwenvl_app.generation import (
     ToolCall,
 )
 from qwenvl_app.loading.load import load
+from qwenvl_app.testing import ScriptedBackend
 from qwenvl_app.web.chat.parameter_types import written_value
 from qwenvl_app.web.chat.tool_calls import CallReader
 from tests.engines import running, spread
-from tests.fakes import FakeBackend
 from tests.test_chat import ROUTE, check, events, hello
 
 WEATHER: dict[str, Any] = {
@@ -378,7 +378,7 @@ def ask(client, **fields: Any) -> dict[str, Any]:
     return response.json["choices"][0]
 
 
-def test_an_answer_with_calls(client, backend: FakeBackend):
+def test_an_answer_with_calls(client, backend: ScriptedBackend):
     backend.pieces = ["I look.\n", *cut(BEIJING, 3), "\n", hermes("now", "{}")]
     choice = ask(client)
     assert choice["finish_reason"] == "tool_calls"
@@ -390,7 +390,7 @@ def test_an_answer_with_calls(client, backend: FakeBackend):
     assert backend.requests[0].constraint is None
 
 
-def test_a_stream_with_calls(client, backend: FakeBackend):
+def test_a_stream_with_calls(client, backend: ScriptedBackend):
     backend.pieces = ["I look.\n", *cut(BEIJING, 3)]
     chunks = events(client.post(ROUTE, json=hello(tools=TOOLS, stream=True)))
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
@@ -403,7 +403,7 @@ def test_a_stream_with_calls(client, backend: FakeBackend):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_with_the_choice_none_there_are_no_tools(client, backend: FakeBackend, stream: bool):
+def test_with_the_choice_none_there_are_no_tools(client, backend: ScriptedBackend, stream: bool):
     backend.pieces = cut(BEIJING, 5)
     response = client.post(ROUTE, json=hello(tools=TOOLS, tool_choice="none", stream=stream))
     if stream:
@@ -418,7 +418,7 @@ def test_with_the_choice_none_there_are_no_tools(client, backend: FakeBackend, s
     assert client.post(ROUTE, json=hello(tool_choice="auto")).status_code == 200
 
 
-def test_what_is_required_is_a_constraint(client, backend: FakeBackend):
+def test_what_is_required_is_a_constraint(client, backend: ScriptedBackend):
     named = {"type": "function", "function": {"name": "now"}}
     for choice, parallel, constraint in (
         ("auto", None, None),
@@ -433,7 +433,7 @@ def test_what_is_required_is_a_constraint(client, backend: FakeBackend):
         assert request.sampling.stop == ()
 
 
-def test_one_call_at_most(client, backend: FakeBackend):
+def test_one_call_at_most(client, backend: ScriptedBackend):
     """The answer ends where the first call does."""
     backend.pieces = [BEIJING.removesuffix("</tool_call>")]
     choice = ask(client, parallel_tool_calls=False, stop=["x"])
@@ -442,7 +442,9 @@ def test_one_call_at_most(client, backend: FakeBackend):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_calls_after_reasoning_with_log_probabilities(client, backend: FakeBackend, stream: bool):
+def test_calls_after_reasoning_with_log_probabilities(
+    client, backend: ScriptedBackend, stream: bool
+):
     """Nothing of either is lost, though the text of a call comes later than its tokens."""
     pieces = cut(BEIJING, 4)
     tokens = [TokenLogprob(piece, piece.encode(), -1.0) for piece in pieces]
@@ -466,7 +468,7 @@ def scored(piece: str, token: TokenLogprob) -> Delta:
     return Delta(piece, logprobs=(token,))
 
 
-def test_a_call_that_was_cut_is_no_call(client, backend: FakeBackend):
+def test_a_call_that_was_cut_is_no_call(client, backend: ScriptedBackend):
     backend.pieces, backend.finish_reason = [BEIJING, BEIJING[:40]], FinishReason.LENGTH
     choice = ask(client)
     assert (choice["finish_reason"], choice["message"]["content"]) == ("length", BEIJING[:40])
@@ -485,7 +487,7 @@ def result(name: str, content: Any = "r") -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": name, "content": content}
 
 
-def test_results_go_by_the_order_of_the_calls(client, backend: FakeBackend):
+def test_results_go_by_the_order_of_the_calls(client, backend: ScriptedBackend):
     """Templates write no ids: in the client's order each result would be another call's."""
     question = {"role": "user", "content": "x"}
     parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
@@ -600,7 +602,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_tools(client, backend: FakeBackend, name: str):
+def test_bad_tools(client, backend: ScriptedBackend, name: str):
     body, field = BAD[name]
     error = check(client.post(ROUTE, json=body))
     assert error["param"].split(".")[0] == field
@@ -608,7 +610,7 @@ def test_bad_tools(client, backend: FakeBackend, name: str):
     assert backend.requests == []
 
 
-def test_tools_are_bounded(client, backend: FakeBackend, settings):
+def test_tools_are_bounded(client, backend: ScriptedBackend, settings):
     assert "nope" in check(client.post(ROUTE, json=BAD["an unknown function"][0]))["message"]
     check(client.post(ROUTE, json=hello(tools=[function(parameters=deep(64))])))
     long = "x" * settings.max_prompt_chars
@@ -620,7 +622,7 @@ def test_tools_are_bounded(client, backend: FakeBackend, settings):
     assert backend.requests == []
 
 
-class Wild(FakeBackend):
+class Wild(ScriptedBackend):
     """A model of random weights, which a schema alone makes write a call."""
 
     def __init__(self, engine: Engine):

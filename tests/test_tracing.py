@@ -23,9 +23,9 @@ from qwenvl_app import create_app
 from qwenvl_app.generation import Delta, FinishReason, Timings, Usage
 from qwenvl_app.service import tracing
 from qwenvl_app.settings import load_settings
+from qwenvl_app.testing import ScriptedBackend
 from qwenvl_app.version import VERSION
 from tests.e2e.server import FAKE, Server
-from tests.fakes import FakeBackend
 from tests.test_recognize_stream import Told
 from tests.wire import GOOD, MULTIPART, ROUTE
 
@@ -104,7 +104,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 
 
 def application(*deltas: Delta, **settings: Any) -> Flask:
-    backend = FakeBackend()
+    backend = ScriptedBackend()
     if deltas:
         backend.generate = lambda request: Told(deltas)  # type: ignore[method-assign]
     return create_app(load_settings({}, **settings), backend)
@@ -210,7 +210,7 @@ def test_a_caller_who_does_not_sample(collector: Collector, caplog):
 
 
 def test_a_stream_ends_its_trace_when_it_ends(collector: Collector):
-    backend = FakeBackend("a", "b")
+    backend = ScriptedBackend("a", "b")
     app = create_app(load_settings({}), backend)
     backend.failure = RuntimeError("no")
     response = ask(app, Accept="text/event-stream")
@@ -292,8 +292,8 @@ def test_nothing_is_imported_without_an_endpoint():
     script = """
 import sys
 from qwenvl_app import create_app
-from tests.fakes import FakeBackend
-create_app(backend=FakeBackend()).test_client().get("/readyz")
+from qwenvl_app.testing import ScriptedBackend
+create_app(backend=ScriptedBackend()).test_client().get("/readyz")
 assert not [name for name in sys.modules if name.startswith("opentelemetry")]
 """
     environ = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}

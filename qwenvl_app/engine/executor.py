@@ -88,9 +88,8 @@ class Executor:
     def prefill(self, step: Step, running: list[Sequence]) -> list[Outcome]:
         """A step's pictures and prompts: what became of each whose prompt is complete now."""
         if step.vision:
-            self._fit(
-                [each.computed for each in running]
-            )  # what the tower takes is given back first
+            # What the tower takes is given back first.
+            self._fit([each.computed for each in running])
             self._see(step.vision)
         widths = {id(sequence): width for sequence, width in step.prefill}
         ends = [each.computed + widths.get(id(each), 0) for each in running]

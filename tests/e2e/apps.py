@@ -11,14 +11,14 @@ from flask import Flask, Response
 
 from qwenvl_app import create_app
 from qwenvl_app.generation import Phase, Status
-from tests.fakes import FakeBackend
+from qwenvl_app.testing import ScriptedBackend
 
 LOADING_S = float(os.environ.get("FAKE_LOADING_S", "3"))
 PIECES = 4
 APART_S = 0.3
 
 
-class SlowBackend(FakeBackend):
+class SlowBackend(ScriptedBackend):
     """Takes a while to load, as a large model does."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from flask import request
 
 from qwenvl_app import create_app
-from tests.fakes import FakeBackend
+from qwenvl_app.testing import ScriptedBackend
 
 
 class Unheld(threading.Event):
@@ -25,7 +25,7 @@ class Unheld(threading.Event):
 
 
 LONG = [f"{number:1000}" for number in range(int(os.environ.get("FAKE_PIECES", "0")))]
-backend = FakeBackend(*(LONG or ("一个", "答案。")))
+backend = ScriptedBackend(*(LONG or ("一个", "答案。")))
 backend.delay_s = float(os.environ.get("FAKE_SECONDS", "0"))
 backend.apart_s = float(os.environ.get("FAKE_SECONDS_APART", "0"))
 backend.go = Unheld()

@@ -14,7 +14,7 @@ from PIL import Image
 from qwenvl_app import create_app
 from qwenvl_app.errors import InternalError
 from qwenvl_app.generation import BackendStats, FinishReason, GenerationRequest
-from tests.fakes import FakeBackend, FakeGeneration, prompt_of
+from qwenvl_app.testing import ScriptedBackend, ScriptedGeneration, prompt_of
 
 SLOTS = 3
 
@@ -36,18 +36,18 @@ def _number(image: Image.Image) -> int:
     return int(red << 16 | green << 8 | blue)
 
 
-class Backend(FakeBackend):
+class Backend(ScriptedBackend):
     """Each answer has a script of its own."""
 
     def stats(self) -> BackendStats:
         return BackendStats(slots=SLOTS)
 
-    def generate(self, request: GenerationRequest) -> FakeGeneration:
+    def generate(self, request: GenerationRequest) -> ScriptedGeneration:
         parts = request.messages[-1].content
         numbers = [_number(part) for part in parts if isinstance(part, Image.Image)]
         prompt = prompt_of(request)
         text = expected(*numbers, prompt=prompt)[: request.sampling.max_new_tokens]
-        script = FakeBackend(*text)
+        script = ScriptedBackend(*text)
         script.delay_s = float(os.environ.get("FAKE_SECONDS", "0"))
         match prompt:
             case "wait":

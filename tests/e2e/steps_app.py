@@ -9,13 +9,13 @@ from flask import Response, jsonify
 
 from qwenvl_app import create_app
 from qwenvl_app.generation import Delta, FinishReason, GenerationRequest, Usage
-from tests.fakes import FakeBackend, FakeGeneration
+from qwenvl_app.testing import ScriptedBackend, ScriptedGeneration
 
 PIECES = ("一", "二", "三")
 _steps = threading.Semaphore(0)
 
 
-class Stepped(FakeGeneration):
+class Stepped(ScriptedGeneration):
     def __iter__(self) -> Iterator[Delta]:
         for piece in self.pieces:
             while not _steps.acquire(timeout=0.01):
@@ -26,8 +26,8 @@ class Stepped(FakeGeneration):
         yield Delta("", FinishReason.STOP, Usage(10, len(self.pieces)))
 
 
-class SteppedBackend(FakeBackend):
-    def generate(self, request: GenerationRequest) -> FakeGeneration:
+class SteppedBackend(ScriptedBackend):
+    def generate(self, request: GenerationRequest) -> ScriptedGeneration:
         self.generations.append(Stepped(self, self.pieces, request.deadline))
         return self.generations[-1]
 

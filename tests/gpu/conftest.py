@@ -16,6 +16,8 @@ import torch
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.loading.load import load
 from tests import real_shape
+from tests.engines import spread
+from tests.gpu.pretend import Gpus, pretend
 
 DEVICES: list[Any] = ["cpu"]
 if torch.cuda.is_available():
@@ -34,6 +36,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("tests/gpu: measured, to compare and to report")
     for line in (f"GPU: {gpu}", *terminalreporter.config.stash.get(_told, [])):
         terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="module")
+def wild() -> LoadedModel:
+    """Small, and without a taste for any token."""
+    return spread(load("demo"), layers=2)
+
+
+@pytest.fixture
+def gpus() -> Iterator[Gpus]:
+    """Two that are pretended."""
+    with pretend() as gpus:
+        yield gpus
 
 
 @pytest.fixture

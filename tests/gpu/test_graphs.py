@@ -8,29 +8,16 @@ CUDA graphs themselves are tested by ``test_compiled.py``, on a real one.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from qwenvl_app.engine.model import LoadedModel
-from qwenvl_app.loading.load import load
 from tests import families
-from tests.engines import generate, judge, random_request, spread
+from tests.engines import generate, judge, random_request
 from tests.engines import running as cpu_running
-from tests.gpu.pretend import Gpus, Recorded, pretend
+from tests.gpu.pretend import Recorded
 from tests.gpu.test_pretended import answered, moved, running
-
-
-@pytest.fixture(scope="module")
-def wild() -> LoadedModel:
-    return spread(load("demo"), layers=2)
-
-
-@pytest.fixture
-def gpus() -> Iterator[Gpus]:
-    with pretend() as gpus:
-        yield gpus
 
 
 def asked(count: int = 8):

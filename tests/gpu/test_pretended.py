@@ -20,26 +20,14 @@ from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.generation import Constraint, GenerationRequest
 from qwenvl_app.loading.checkpoint import FAMILIES, find
 from qwenvl_app.loading.footprint import estimate
-from qwenvl_app.loading.load import load
 from qwenvl_app.loading.measuring import measure
 from tests import families
-from tests.engines import OPTIONS, finish, generate, judge, random_request, request, spread
+from tests.engines import OPTIONS, finish, generate, judge, random_request, request
 from tests.engines import running as cpu_running
-from tests.gpu.pretend import GPU, Gpus, pretend
+from tests.gpu.pretend import GPU, Gpus
 from tests.waiting import until
 
 SECOND = torch.device("cuda", 1)
-
-
-@pytest.fixture(scope="module")
-def wild() -> LoadedModel:
-    return spread(load("demo"), layers=2)
-
-
-@pytest.fixture
-def gpus() -> Iterator[Gpus]:
-    with pretend() as gpus:
-        yield gpus
 
 
 def moved(loaded: LoadedModel, gpus: Gpus, dtype: torch.dtype = torch.float32) -> LoadedModel:

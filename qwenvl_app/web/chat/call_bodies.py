@@ -28,16 +28,13 @@ class NotACall(Exception):
     """The text is something else."""
 
 
-class JsonBody:
-    """``{"name": ..., "arguments": {...}}``. ``arguments`` is as the model wrote it.
+class _Body:
+    """How far the body of one call has been read.
 
     ``read`` takes all of the body that there is, more of it each time. ``name`` is None until it
     is known. Of the body ``told`` characters are in ``arguments``. ``end`` is where the call is
     complete, None before that; ``closing`` may follow there.
     """
-
-    starts = "{"
-    closing = "}"
 
     def __init__(self, functions: Functions):
         self._functions = functions
@@ -45,6 +42,16 @@ class JsonBody:
         self.arguments = ""
         self.told = 0
         self.end: int | None = None
+
+
+class JsonBody(_Body):
+    """``{"name": ..., "arguments": {...}}``. ``arguments`` is as the model wrote it."""
+
+    starts = "{"
+    closing = "}"
+
+    def __init__(self, functions: Functions):
+        super().__init__(functions)
         self._begin: int | None = None  # of the arguments, if they are told as they come
         self._at = 0
         self._open: list[str] = []  # the brackets that will close
@@ -106,21 +113,17 @@ class JsonBody:
         return name
 
 
-class TaggedBody:
+class TaggedBody(_Body):
     """``<function=NAME>`` and for each argument ``<parameter=NAME>`` around a text.
 
-    See ``JsonBody``. What a text means its schema says; one that can't be meant stays a text.
+    What a text means its schema says; one that can't be meant stays a text.
     """
 
     starts = "<function="
     closing = ""
 
     def __init__(self, functions: Functions):
-        self._functions = functions
-        self.name: str | None = None
-        self.arguments = ""
-        self.told = 0
-        self.end: int | None = None
+        super().__init__(functions)
         self._names: set[str] = set()
         self._sought = 0  # up to there no parameter ends that was not taken
 

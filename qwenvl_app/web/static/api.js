@@ -32,7 +32,7 @@ async function ask(path, options = {}) {
 }
 
 // The server refuses some requests by their head, before a route can shape the answer.
-const BY_STATUS = { 401: "unauthorized", 413: "too_large", 503: "busy", 504: "deadline" };
+const BY_STATUS = { 401: "unauthorized", 413: "too_large", 429: "busy", 503: "busy", 504: "deadline" };
 
 async function refusal(response) {
   const { message = response.statusText, param } = (await response.json().catch(() => ({}))).error ?? {};
