@@ -20,19 +20,24 @@ def ask(page: Page, text: str, number: int) -> None:
 
 
 def main() -> None:
-    """Wide, light and Chinese; narrow, dark and English."""
+    """Wide and light, in both languages; narrow and dark."""
     with (
         tempfile.TemporaryDirectory() as folder,
         Server(Path(folder) / "log") as server,
         chromium() as browser,
     ):
         server.wait()
-        size = {"width": 1100, "height": 900}
-        with opened(browser, server.url, viewport=size, locale="zh-CN") as page:
-            page.locator("#samples button").nth(1).click()
-            ask(page, "这张图里有什么？", 0)
-            ask(page, "是什么颜色？", 1)
-            page.screenshot(path=DOCS / "page.png")
+        for locale, name, questions in (
+            ("en", "page.png", ("what shape is it?", "what color is the triangle?")),
+            ("zh-CN", "page.zh-CN.png", ("这张图里有什么？", "是什么颜色？")),
+        ):
+            size = {"width": 1100, "height": 1050}
+            with opened(browser, server.url, viewport=size, locale=locale) as page:
+                page.locator("#samples button").nth(1).click()
+                for number, question in enumerate(questions):
+                    ask(page, question, number)
+                page.evaluate("scrollTo(0, 0)")
+                page.screenshot(path=DOCS / name)
         size, dark = {"width": 375, "height": 900}, {"locale": "en", "color_scheme": "dark"}
         with opened(browser, server.url, viewport=size, **dark) as page:
             page.locator("#samples button").nth(0).click()
