@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.checkpoints import write_checkpoint
 from qwenvl_app import process
-from qwenvl_app.engine import cpu
+from qwenvl_app.engine import fused
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.generation import GenerationRequest, SamplingParams, question
 from qwenvl_app.loading.load import load
@@ -86,7 +86,7 @@ def main() -> None:
         loaded = load(chosen.model or folder, device=chosen.device, dtype=chosen.dtype)
     read, device = weight_bytes(loaded.model), loaded.model.device
     rate = bandwidth(device, 2**30 if device.type == "cuda" else 2**28)
-    cpu.pack(loaded.model)
+    fused.fuse(loaded.model)
     slots = max(chosen.clients)
     engine = Engine(loaded, EngineOptions(slots, chosen.tokens, 2**32, 0, 1024))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

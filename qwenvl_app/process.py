@@ -39,7 +39,7 @@ def use_threads(count: int) -> None:
 def freeze_compiled_weights(freeze: bool) -> None:
     """Whether torch.compile takes weights as constants, as it must take packed ones.
 
-    Packed weights (``engine/cpu.py``) are opaque. Others it would pack itself, and keep both.
+    Packed weights (``engine/fused.py``) are opaque. Others it would pack itself, and keep both.
     """
     import torch
 

@@ -11,7 +11,7 @@ import torch
 
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import compiled
-from qwenvl_app.engine.cpu import pack
+from qwenvl_app.engine.fused import fuse
 from qwenvl_app.engine.kv_cache import BLOCK, SlotCache
 from qwenvl_app.engine.layout import Layout
 from qwenvl_app.errors import InternalError
@@ -52,7 +52,7 @@ def asked():
     rng = random.Random(11)
     requests = [random_request(rng) for _ in range(40)]
     pairs = [(each, generate(wild, each)) for each in requests]
-    pack(wild.model)
+    fuse(wild.model)
     return wild, pairs
 
 

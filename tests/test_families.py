@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
-from qwenvl_app.engine import cpu
+from qwenvl_app.engine import fused
 from qwenvl_app.engine.inputs import prepare
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.positions import mrope_positions
@@ -88,8 +88,8 @@ def test_nor_does_it_matter_how_products_are_made(wild, asked, change: str, monk
     """Packed: layers and activations are replaced. Eager: that attention adds its mask."""
     other = dataclasses.replace(wild, model=copy.deepcopy(wild.model))
     if change == "packed":
-        monkeypatch.setattr(cpu, "LEAST", 0)
-        cpu.pack(other.model)
+        monkeypatch.setattr(fused, "LEAST", 0)
+        fused.fuse(other.model)
     else:
         other.model.set_attn_implementation("eager")
     with running(other, prefill_chunk=50) as engine:
@@ -108,7 +108,7 @@ def test_compiled(wild, asked):
         with pytest.raises(ModelLoadError, match="does not know this model's recurrent layers"):
             Runner(wild.model, mode="on")
         return
-    cpu.pack(wild.model)  # as the backend does
+    fused.fuse(wild.model)  # as the backend does
     with running(wild, compile="on") as engine:
         pairs = [(engine.submit(each), solo) for each, solo in asked]
         for sequence, _ in pairs:

@@ -39,7 +39,7 @@ from PIL import Image
 from transformers import AttentionInterface
 
 import qwenvl_app
-from qwenvl_app.engine.cpu import PackedLinear
+from qwenvl_app.engine.fused import PackedLinear
 from qwenvl_app.engine.memory import place
 from qwenvl_app.engine.processors import processors
 from qwenvl_app.engine.runner import Runner

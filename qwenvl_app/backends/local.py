@@ -108,7 +108,7 @@ class LocalBackend:
         self._say("looking for the checkpoint")
         found = checkpoint.find(settings.model, say=self._say)
         self._say("loading the libraries")
-        from qwenvl_app.engine import cpu
+        from qwenvl_app.engine import fused
         from qwenvl_app.loading import devices, load
 
         process.use_threads(settings.cpu_threads)
@@ -121,7 +121,7 @@ class LocalBackend:
             max_memory=plan.max_memory,
             say=self._say,
         )
-        cpu.pack(loaded.model)
+        fused.fuse(loaded.model)
         return loaded, devices.after_loading(loaded, plan, self._say)
 
     def _start(self) -> Engine:

@@ -108,7 +108,7 @@ def _weights(
     """How many, what they take, and the largest part that goes to one device as a whole.
 
     ``model`` is what they become as they are loaded, but for those that stay quantised: they take
-    what their files do. ``packed``: see ``engine/cpu.py``.
+    what their files do. ``packed``: see ``engine/fused.py``.
     """
     directory, head = checkpoint.directory, model.lm_head
     weights = _bytes(model)

@@ -114,7 +114,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_real_shape(directory: Path, tmp_path: Path, dtype: str):
-    """bfloat16 is mapped from its files; float32 is a copy, laid out anew (engine/cpu.py)."""
+    """bfloat16 is mapped from its files; float32 is a copy, laid out anew (engine/fused.py)."""
     check(tmp_path, str(directory), MEGAPIXELS, dtype)
 
 

@@ -31,7 +31,8 @@ class Meter(Protocol):
 
 class Cuda:
     def __init__(self, device: torch.device):
-        self._device = device
+        # torch's limit of a process wants a device with its number.
+        self._device = torch.device("cuda", device.index or 0)
 
     @property
     def allocated(self) -> int:

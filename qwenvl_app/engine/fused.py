@@ -1,8 +1,11 @@
-"""What a CPU needs to be quick: weights laid out once, and fewer calls.
+"""What makes a step of a few rows quick: fewer calls, and on a CPU weights laid out once.
 
-The usual product of a few rows with a weight lays the weight out anew in every call, which takes
-longer than the product itself. oneDNN does that once, at load, with the calls that torch.compile
-makes for a frozen model (torch/_inductor/mkldnn_lowerings.py).
+A norm is 145 times in a step of the 8B model, and six kernels each time. As one it is 1.5 of 10.6
+milliseconds less on an H100, with CUDA graphs; without them each kernel costs a launch besides.
+
+On a CPU the usual product of a few rows with a weight lays the weight out anew in every call, which
+takes longer than the product itself. oneDNN does that once, at load, with the calls that
+torch.compile makes for a frozen model (torch/_inductor/mkldnn_lowerings.py).
 """
 
 from __future__ import annotations
@@ -56,7 +59,10 @@ class PackedLinear(nn.Module):
 
 
 class Norm(nn.Module):
-    """transformers' RMSNorm, which makes six calls, in one; the same to the last bit."""
+    """transformers' RMSNorm, which makes six calls, in one: on a CPU the same to the last bit.
+
+    On a GPU it is rounded once, after the weight, and not before it too.
+    """
 
     def __init__(self, norm: Any):
         super().__init__()
@@ -68,19 +74,17 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self._epsilon)
 
 
-def pack(model: nn.Module) -> None:
-    """Replace norms and large linear layers of ``model`` in float32 on a CPU; others stay.
+def fuse(model: nn.Module) -> None:
+    """Replace norms on a GPU, norms and large linear layers in float32 on a CPU; others stay.
 
     Memory is taken for one layer at a time, unless a weight is shared (the embeddings').
     """
-    if not torch._C._has_mkldnn:
-        return
     with torch.inference_mode():
         # No list of the layers themselves: it would keep the old weights until its end.
         for parent in [m for m in model.modules() if not isinstance(m, nn.Linear)]:
             for name in [name for name, _ in parent.named_children()]:
                 child = parent.get_submodule(name)
-                if isinstance(child, _NORMS) and _plain(child.weight):
+                if isinstance(child, _NORMS) and (child.weight.is_cuda or _plain(child.weight)):
                     setattr(parent, name, Norm(child))
                 elif type(child) is nn.Linear and _fits(child.weight):
                     then = _FUSED.get(type(getattr(parent, "act_fn", None)))
@@ -96,4 +100,4 @@ def _plain(weight: torch.Tensor) -> bool:
 
 
 def _fits(weight: torch.Tensor) -> bool:
-    return _plain(weight) and weight.numel() >= LEAST
+    return torch._C._has_mkldnn and _plain(weight) and weight.numel() >= LEAST

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
-from qwenvl_app.engine import cpu
+from qwenvl_app.engine import fused
 from qwenvl_app.loading.load import load
 from tests.engines import agrees, finish, generate, random_request, running, spread
 
@@ -24,21 +24,21 @@ def test_a_packed_layer_is_the_layer(shape, bias):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 768, bias=bias))
     plain = copy.deepcopy(model)
-    cpu.pack(model)
-    assert isinstance(model[0], cpu.PackedLinear)
+    fused.fuse(model)
+    assert isinstance(model[0], fused.PackedLinear)
     x = torch.randn(shape)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), plain(x), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("norm", cpu._NORMS)
+@pytest.mark.parametrize("norm", fused._NORMS)
 def test_a_norm_in_one_call_is_the_norm_to_the_last_bit(norm):
     torch.manual_seed(0)
     model = nn.Sequential(norm(192, eps=1e-6))
     nn.init.normal_(model[0].weight)
     plain = copy.deepcopy(model)
-    cpu.pack(model)
-    assert isinstance(model[0], cpu.Norm)
+    fused.fuse(model)
+    assert isinstance(model[0], fused.Norm)
     for shape in ((1, 1, 192), (4, 1, 192), (3, 70, 6, 192)):
         x = torch.randn(shape) * 10
         with torch.inference_mode():
@@ -48,7 +48,7 @@ def test_a_norm_in_one_call_is_the_norm_to_the_last_bit(norm):
 def test_a_norm_of_another_kind_stays():
     """Qwen3.5's adds one to its weight."""
     model = nn.Sequential(Qwen3_5RMSNorm(192))
-    cpu.pack(model)
+    fused.fuse(model)
     assert type(model[0]) is Qwen3_5RMSNorm
 
 
@@ -56,7 +56,7 @@ def test_a_norm_of_another_kind_stays():
 def test_what_gains_nothing_stays(dtype):
     size = 64 if dtype is torch.float32 else 512
     model = nn.Sequential(nn.Linear(size, size, dtype=dtype))
-    cpu.pack(model)
+    fused.fuse(model)
     assert type(model[0]) is nn.Linear
 
 
@@ -65,27 +65,27 @@ def test_one_layer_at_a_time(monkeypatch):
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)))
     old = [weakref.ref(layer) for layer in model]
     alive: list[int] = []
-    real = cpu.PackedLinear
+    real = fused.PackedLinear
 
     class Watched(real):  # type: ignore[misc, valid-type]
         def __init__(self, linear: nn.Linear):
             alive.append(sum(layer() is not None for layer in old))
             super().__init__(linear)
 
-    monkeypatch.setattr(cpu, "PackedLinear", Watched)
-    cpu.pack(model)
+    monkeypatch.setattr(fused, "PackedLinear", Watched)
+    fused.fuse(model)
     assert alive == [4, 3, 2, 1]
 
 
 def test_packed_tokens_are_those_of_generate_on_the_plain_model(monkeypatch):
-    monkeypatch.setattr(cpu, "LEAST", 0)  # every layer of the small test model too
+    monkeypatch.setattr(fused, "LEAST", 0)  # every layer of the small test model too
     wild = spread(load("demo"))
     rng = random.Random(7)
     asked = [(each, generate(wild, each)) for each in (random_request(rng) for _ in range(16))]
     packed = dataclasses.replace(wild, model=copy.deepcopy(wild.model))
-    cpu.pack(packed.model)
-    assert isinstance(packed.model.model.language_model.layers[0].mlp.up_proj, cpu.PackedLinear)
-    assert isinstance(packed.model.lm_head, cpu.PackedLinear)
+    fused.fuse(packed.model)
+    assert isinstance(packed.model.model.language_model.layers[0].mlp.up_proj, fused.PackedLinear)
+    assert isinstance(packed.model.lm_head, fused.PackedLinear)
     with running(packed) as engine:
         pairs = [(engine.submit(each), solo) for each, solo in asked]
         for sequence, _ in pairs:
@@ -109,7 +109,7 @@ def test_an_activation_is_applied_with_the_product_and_once(activation):
     torch.manual_seed(0)
     model = nn.Sequential(Mlp())
     plain = copy.deepcopy(model)
-    cpu.pack(model)
+    fused.fuse(model)
     assert isinstance(model[0].act_fn, nn.Identity)
     x = torch.randn(3, 512)
     with torch.inference_mode():
