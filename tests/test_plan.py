@@ -8,8 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import torch
 
-from qwenvl_app.loading import plan
+from qwenvl_app.loading import devices, plan
 from qwenvl_app.loading.footprint import Footprint, estimate
 from qwenvl_app.loading.plan import GIB, MIB, Memory, MemoryPlan
 from qwenvl_app.settings import load_settings
@@ -239,6 +240,15 @@ def test_the_fullest_gpu_decides():
     assert one.tokens == loaded(M8, 12, 30, shares=(0.5, 0.5)).tokens
     keys = (one.room + one.prefix_cache) / 2
     assert keys + M8.tower + MARGIN <= 12 * GIB
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("cuda", 1), ("auto", 0), ("cpu", 0)])
+def test_weights_stay_outside_of_gpus_alone(monkeypatch, device: str, gpus: int):
+    """Those that a CPU had no room for were to stay in its own memory, by the start's plan."""
+    monkeypatch.setattr(devices, "gpus", lambda _device: [torch.device("cuda", 0)] * gpus)
+    monkeypatch.setattr(devices, "free_memory", lambda where: 2 if where.type == "cpu" else 1)
+    there = devices.memory(load_settings({}, device=device))
+    assert there == Memory([2 - gpus], cpu=not gpus, host=2 * (device == "auto") * gpus)
 
 
 def test_what_no_gpu_has_room_for_stays_outside():
