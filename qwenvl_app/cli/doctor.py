@@ -121,8 +121,7 @@ def _memory(settings: Settings, need: footprint.Footprint) -> Iterator[Finding]:
     if there.cpu:
         yield _verdict("memory", now)
         if not now.problem:
-            idle = psutil.Process().memory_info().rss
-            idle += plan.LIBRARIES + need.tokenizer + need.weights
+            idle = psutil.Process().memory_info().rss + need.weights
             most = idle + now.work
             text = f"about {plan.gib(idle)} when idle, and up to {plan.gib(most)} at once"
             yield Finding(Level.OK, "process", text)
@@ -147,12 +146,11 @@ def _verdict(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = 
 
 def _host(made: plan.MemoryPlan, host: int) -> Finding:
     """The machine's memory beside GPUs."""
-    fixed = _BASE + made.need.tokenizer
-    wanted = fixed + made.settings.max_concurrency * made.picture
+    wanted = _BASE + made.settings.max_concurrency * made.picture
     text = f"{plan.gib(host)} free, up to {plan.gib(wanted)} wanted for libraries and pictures"
     if host >= wanted:
         return Finding(Level.OK, "host memory", text)
-    fewer = max(0, host - fixed) // made.picture
+    fewer = max(0, host - _BASE) // made.picture
     fits = f"QWENVL_MAX_CONCURRENCY={fewer} fits; or " if fewer else ""
     return Finding(Level.WARN, "host memory", f"{text}; {fits}lower QWENVL_MAX_IMAGE_MEGAPIXELS")
 

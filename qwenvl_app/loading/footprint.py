@@ -21,10 +21,6 @@ from qwenvl_app.loading.checkpoint import Checkpoint
 from qwenvl_app.loading.processing import image_processor
 from qwenvl_app.loading.weights import weight_files
 
-# Tables of a vocabulary and its merges, in Rust and in Python, and what reading them leaves behind
-# take so many times the bytes of tokenizer.json. Measured with the published one, 11 MB.
-_TOKENIZER = 12
-
 
 @dataclass(frozen=True)
 class Footprint:
@@ -35,7 +31,6 @@ class Footprint:
     quantised: str | None  # how, if it is
     weights: int  # as they lie in memory
     layer: int  # of them, the largest part that goes to one device as a whole
-    tokenizer: int
     kv_token: int  # of the KV cache, a token
     token: int  # the same while it is attended to, and while the cache grows
     state: int  # a request: what layers keep that have no keys and values
@@ -88,7 +83,6 @@ def estimate(
         quantised=checkpoint.quantised,
         weights=weights,
         layer=layer,
-        tokenizer=_TOKENIZER * sum(f.stat().st_size for f in directory.glob("tokenizer.json")),
         kv_token=layout.token_bytes,
         token=layout.token_bytes + heads * layout.head_dim * size,
         state=layout.bytes(0, 1),

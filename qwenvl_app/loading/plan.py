@@ -16,11 +16,10 @@ GIB, MIB = 2**30, 2**20
 # A pixel of a picture takes four bytes, and four times that for a moment if it is WebP.
 # And of what it is resized to: itself, an array of it, and floats; these until it is encoded.
 DECODING, DECODED, RESIZED, FLOATS = 16, 4, 19, 12
-# Code and tables that are only touched once the model runs: measured with the embedded model.
-LIBRARIES = 40 * MIB
 _PROMPT = 1000  # tokens beside the picture: a page of text
-# Left alone: workspaces, fragments, kernels that CUDA loads late. A machine has other users too.
-_GPU_MARGIN, _CPU_MARGIN, _CPU_SHARE = 512 * MIB, 256 * MIB, 0.1
+# Left alone: workspaces, fragments, kernels that CUDA loads late. On a CPU the tokenizer's tables
+# (up to 130 MiB), and code that is only touched once the model runs; a machine has other users too.
+_GPU_MARGIN, _CPU_MARGIN, _CPU_SHARE = 512 * MIB, 320 * MIB, 0.1
 _NO_ROOM = "the largest allowed picture does not fit beside the weights"
 
 
@@ -67,13 +66,11 @@ class MemoryPlan:
         return self.tokens * self.need.kv_token + self.settings.max_concurrency * self.need.state
 
     @property
-    def patch(self) -> tuple[int, int]:
-        """What a patch takes of ``kv_cache``: in the tower, and from there until it is read."""
+    def patch(self) -> tuple[float, float]:
+        """What a patch takes of ``tokens``: in the tower, and from there until it is read."""
         need = self.need
-        if not self.shared:
-            return 0, 0
-        rate = need.kv_token / need.token / max(1, need.patches)
-        return int(rate * (need.tower - need.features) + 1), int(rate * need.features + 1)
+        rate = self.shared / need.token / max(1, need.patches)
+        return rate * (need.tower - need.features), rate * need.features
 
     @property
     def together(self) -> int:
@@ -197,7 +194,7 @@ def _spare(plan: MemoryPlan, least: int, beside: int) -> tuple[MemoryPlan, int]:
     need, memory, devices = plan.need, plan.memory, len(plan.memory.free)
     margin = _GPU_MARGIN
     if memory.cpu:
-        margin = max(_CPU_MARGIN, int(_CPU_SHARE * memory.free[0])) + LIBRARIES + need.tokenizer
+        margin = max(_CPU_MARGIN, int(_CPU_SHARE * memory.free[0]))
     # What a step takes whatever is in it, and recurrent layers for every slot.
     settings = plan.settings
     margin += settings.max_concurrency * need.state + settings.prefill_chunk * need.chunk_token
