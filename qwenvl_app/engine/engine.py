@@ -196,23 +196,19 @@ class Engine:
         return self._scheduler.next_step()
 
     def _post_process(self, outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            sequence = outcome.sequence
+        for sequence, token, score in outcomes:
+            end: FinishReason | ServiceError | None
             try:
-                end = self._add_token(outcome)
+                if isinstance(token, ServiceError):
+                    end = token
+                else:
+                    sequence.append(token, score)
+                    end = sequence.reason_to_end(self._intake.ends)
             except Exception:
                 log.exception("post-processing failed (request %s)", sequence.request_id)
                 end = InternalError(FAILED)
             if end is not None:
                 self._end(sequence, end)
-
-    def _add_token(self, outcome: Outcome) -> FinishReason | ServiceError | None:
-        """Add a token to its sequence; how that ends, if it does."""
-        sequence = outcome.sequence
-        if isinstance(outcome.token, ServiceError):
-            return outcome.token
-        sequence.append(outcome.token, outcome.score)
-        return sequence.reason_to_end(self._intake.ends)
 
     def _end(self, sequence: Sequence, how: FinishReason | ServiceError) -> None:
         if sequence.continues and isinstance(how, FinishReason):  # before the next turn can come
