@@ -82,6 +82,7 @@ def test_every_token_is_that_of_generate(wild, asked, slots: int, chunk: int, pr
         assert hits >= 2 * len(asked)
 
 
+@pytest.mark.parametrize("wild", families.USUAL, indirect=True, scope="module")
 @pytest.mark.parametrize("change", ["packed", "eager"])
 def test_nor_does_it_matter_how_products_are_made(wild, asked, change: str, monkeypatch):
     """Packed: layers and activations are replaced. Eager: that attention adds its mask."""
