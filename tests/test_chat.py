@@ -8,6 +8,7 @@ import io
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor, wait
+from urllib.parse import quote
 
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
@@ -155,6 +156,14 @@ def test_an_error_before_the_first_token_has_its_status(client, backend: Scripte
     assert int(response.headers["Retry-After"]) > 0
 
 
+def test_the_first_piece_comes_at_once_with_what_begins_the_stream(client):
+    """Each piece of the answer is a call into the kernel, and wakes the client."""
+    first, *_ = client.post(ROUTE, json=hello(stream=True), buffered=False).response
+    role, words = (json.loads(line[6:]) for line in first.decode().split("\n\n")[:-1])
+    assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert words["choices"][0]["delta"]["content"]
+
+
 def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: ScriptedBackend):
     """A generator that never ran has no finally: the close of the response releases."""
     response = app.test_client().post(ROUTE, json=hello(stream=True), buffered=False)
@@ -169,6 +178,24 @@ def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: Scripted
 def test_models(client):
     (model,) = client.get("/v1/models").json["data"]
     assert (model["id"], model["object"], model["owned_by"]) == ("demo", "model", "qwenvl")
+
+
+@pytest.mark.parametrize("served", ["demo", "Qwen/Qwen3-VL-8B-Instruct", "模型 1"])
+def test_a_model_by_its_id(served: str):
+    settings = load_settings({"QWENVL_MODEL": served})
+    client = create_app(settings, ScriptedBackend("x")).test_client()
+    (listed,) = client.get("/v1/models").json["data"]
+    for spelled in (quote(served), quote(served, safe="")):
+        assert client.get(f"/v1/models/{spelled}").json == listed
+    for other in ("other", f"{served}/", served[:-1], "..%2f..%2fetc"):
+        answer = client.get(f"/v1/models/{other}")
+        assert (answer.status_code, answer.mimetype) == (404, "application/json")
+        assert answer.json["error"]["code"] == "model_not_found"
+        assert answer.json["error"]["type"] == "invalid_request_error"
+    assert client.post(f"/v1/models/{quote(served)}").json["error"]["message"]  # 405, as it is here
+    for none in ("", f"/{served}", "a%0Ab"):
+        answer = client.get(f"/v1/models/{none}")
+        assert (answer.status_code, answer.json["error"]["message"]) == (404, "Not Found")
 
 
 def test_not_ready_and_no_key(client, backend: ScriptedBackend):

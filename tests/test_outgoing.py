@@ -82,3 +82,22 @@ def test_a_file_does_not_overtake_what_waits(client: Client, tmp_path: Path):
         client.mine.flush()
         received += client.other.recv(2**16)
     assert received == ANSWER + ANSWER[:1000]
+
+
+def test_a_head_goes_with_what_follows_it(client: Client):
+    client.mine.hold()
+    client.mine.sendall(b"head ")
+    client.other.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        client.other.recv(1)
+    client.mine.sendall(b"first ")
+    assert client.other.recv(99) == b"head first "
+    client.mine.sendall(b"second")
+    assert client.other.recv(99) == b"second"
+
+
+def test_a_head_that_nothing_follows_is_flushed(client: Client):
+    client.mine.hold()
+    client.mine.sendall(b"head")
+    client.mine.flush()
+    assert client.other.recv(99) == b"head"
