@@ -158,7 +158,9 @@ def test_an_error_before_the_first_token_has_its_status(client, backend: Scripte
 
 def test_the_first_piece_comes_at_once_with_what_begins_the_stream(client):
     """Each piece of the answer is a call into the kernel, and wakes the client."""
-    first, *_ = client.post(ROUTE, json=hello(stream=True), buffered=False).response
+    answer = client.post(ROUTE, json=hello(stream=True), buffered=False)
+    first, *_ = answer.response
+    answer.close()
     role, words = (json.loads(line[6:]) for line in first.decode().split("\n\n")[:-1])
     assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert words["choices"][0]["delta"]["content"]
