@@ -7,16 +7,19 @@ import dataclasses
 import io
 import json
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from urllib.parse import quote
 
 import pytest
+from flask import Request
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from PIL import Image
 
 from qwenvl_app import create_app
-from qwenvl_app.errors import BadSchema, Unavailable
+from qwenvl_app.errors import BadSchema, ClientGone, Unavailable
 from qwenvl_app.generation import Constraint, Phase, Status
+from qwenvl_app.service.deadline import Deadline
 from qwenvl_app.settings import load_settings
 from qwenvl_app.testing import ScriptedBackend
 from qwenvl_app.web.chat import json_body
@@ -25,6 +28,7 @@ from tests.wire import PNG
 
 ROUTE = "/v1/chat/completions"
 URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+LARGE = Request({"CONTENT_LENGTH": str(2**20)})
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -458,11 +462,30 @@ def test_who_waits_to_read_a_large_body_has_a_deadline(backend: ScriptedBackend)
     app = create_app(load_settings({}, request_timeout_s=0.2), backend)
     large = said("x" * 2**18)
     with ThreadPoolExecutor(1) as pool:
-        with json_body._turn:
+        with json_body.in_turn(LARGE, Deadline(time.monotonic() + 60)):
             waiting = pool.submit(app.test_client().post, ROUTE, json=large)
             assert wait([waiting], 5).done
         assert waiting.result().status_code == 504
-    assert not json_body._turn.locked()
+    assert not json_body.turn.taken
+
+
+def test_who_leaves_while_it_waits_to_have_its_body_read_waits_no_more():
+    """Its thread was held until its turn came, behind two dozen bodies of 20 MB."""
+    first, second, third = (Deadline(time.monotonic() + 60) for _ in range(3))
+
+    def read(deadline: Deadline) -> None:
+        with json_body.in_turn(LARGE, deadline):
+            assert json_body.turn.taken
+
+    with ThreadPoolExecutor(2) as pool:
+        with json_body.in_turn(LARGE, first):
+            leaving, staying = pool.submit(read, second), pool.submit(read, third)
+            assert not wait([leaving, staying], 0.1).done
+            second.leave()
+            assert isinstance(leaving.exception(10), ClientGone)
+            assert not staying.done()
+        staying.result(10)
+    assert not json_body.turn.taken
 
 
 def test_pictures_have_one_limit_together(client, backend: ScriptedBackend, settings):

@@ -29,9 +29,11 @@ def blueprint(service: Service) -> Blueprint:
         """An answer in one piece, or as events."""
         with Answering(service) as answering:
             with answering.record.stage("read"), in_turn(request, answering.deadline):
-                asked = ChatRequest.parse(read_json(request))
+                body, size = read_json(request)
+                asked = ChatRequest.parse(body)
+                del body  # with its pictures, which are in ``asked`` too
                 _check_length(asked, settings.max_prompt_chars)
-            fetched = answering.fetch(_addresses(asked))
+            fetched = answering.fetch(_addresses(asked), size)
             answering.admit()
             deltas = answering.generate(_request(asked, answering, settings, fetched))
             answer = Completion(asked, answering, settings.served_model)
