@@ -18,9 +18,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import fused
-from qwenvl_app.engine.inputs import prepare
+from qwenvl_app.engine.inputs import mrope_positions, prepare
 from qwenvl_app.engine.model import LoadedModel
-from qwenvl_app.engine.positions import mrope_positions
 from qwenvl_app.engine.runner import Runner
 from qwenvl_app.engine.vision import VisionPass, VisionTower
 from qwenvl_app.errors import ModelLoadError
