@@ -18,7 +18,7 @@ from gunicorn.systemd import sd_notify
 from qwenvl_app import logs
 from qwenvl_app.server import notify
 from qwenvl_app.server.hooks import hook
-from qwenvl_app.settings import SettingsError, load_for_workers
+from qwenvl_app.settings import SettingsError, load_for_workers, load_settings
 
 try:
     _settings = load_for_workers()  # once: the worker and the application take these
@@ -73,7 +73,28 @@ def post_worker_init(worker):
 
 
 def when_ready(server):
-    """A second signal ends it at once. gunicorn itself ignores a second SIGTERM."""
+    """Change what two signals do to the master."""
+    _end_at_a_second_signal(server)
+    _keep_on_if_a_setting_is_wrong(server)
+
+
+def _keep_on_if_a_setting_is_wrong(server):
+    """At SIGHUP this file is read again, and would end the master as it does at the start."""
+    reload = server.handle_hup
+
+    def handle_hup():
+        try:
+            load_settings()
+        except SettingsError as error:
+            server.log.error("no reload, the workers go on with the settings they have: %s", error)
+        else:
+            reload()
+
+    server.handle_hup = handle_hup
+
+
+def _end_at_a_second_signal(server):
+    """Since gunicorn itself ignores a second SIGTERM."""
     told = False
 
     def stop(number, frame):

@@ -23,6 +23,7 @@ from qwenvl_app.web import (
     request_log,
 )
 from qwenvl_app.web.answering import Service
+from qwenvl_app.web.chat import models
 from qwenvl_app.web.chat import route as chat
 from qwenvl_app.web.chat.image_urls import Fetcher
 from qwenvl_app.web.disconnects import Disconnects
@@ -76,7 +77,7 @@ def _register_routes(app: Flask, service: Service, metrics: Metrics) -> None:
     settings = service.settings
     app.register_blueprint(recognize.blueprint(service))
     app.register_blueprint(chat.blueprint(service))
-    app.register_blueprint(chat.models(settings))
+    app.register_blueprint(models.blueprint(settings))
     app.register_blueprint(ops.blueprint(service.status, metrics))
     app.register_blueprint(docs.blueprint())
     if settings.page == "on":

@@ -17,6 +17,8 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 def printable(text: str) -> str:
     """``text`` with everything that does not print as itself escaped as Python would."""
+    if text.isprintable():  # almost always, and 50 times as fast
+        return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text

@@ -350,6 +350,23 @@ def test_what_can_t_be_done_is_refused_by_name(grammars, keyword, schema):
         assert not any(ours in said for ours in ("answer", "x-guidance", "start:", "\n"))
 
 
+def test_what_may_repeat_itself_is_no_question(grammars, tokens):
+    """``uniqueItems: false`` is the default, and only a keyword where keywords stand."""
+    twice = {"items": {"const": 1}, "minItems": 2, "maxItems": 2, "uniqueItems": False}
+    named = {"const": {"uniqueItems": False}}
+    schema = {
+        "type": "object",
+        "properties": {"uniqueItems": {"type": "array", **twice}, "as_is": named, "no": False},
+        "required": ["uniqueItems", "as_is"],
+        "additionalProperties": False,
+    }
+    matcher = matcher_of(grammars, Constraint("json", schema))
+    written = write(matcher, random.Random(0))
+    assert written is not None
+    found = json.loads(tokens.decode(written))
+    assert found == {"uniqueItems": [1, 1], "as_is": {"uniqueItems": False}}
+
+
 def test_a_schema_that_nothing_fits_is_refused(grammars):
     for schema in (
         {"enum": []},

@@ -49,6 +49,7 @@ UNREAD = "unread"  # the route of requests that the worker itself refuses
 REASONS = {
     "bad_request": 400,
     "unauthorized": 401,
+    "model_not_found": 404,
     "key_limit": 429,
     "too_large": 413,
     "invalid_form": 422,
