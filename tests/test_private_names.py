@@ -42,7 +42,6 @@ import qwenvl_app
 from qwenvl_app.engine.fused import PackedLinear
 from qwenvl_app.engine.memory import place
 from qwenvl_app.engine.processors import processors
-from qwenvl_app.engine.runner import Runner
 from qwenvl_app.errors import is_out_of_memory
 from qwenvl_app.loading.load import load
 from qwenvl_app.server.connection import Connection
@@ -91,13 +90,6 @@ def json_of_views() -> None:
     assert ContractJSON(app).response(a=["图"]).data == '{"a":["图"]}'.encode()
 
 
-def eager_attention_is_known() -> None:
-    for attention in ("eager", "sdpa"):
-        model = demo(attention)
-        assert model.model.language_model.config._attn_implementation == attention
-        assert Runner(model)._adds_mask == (attention == "eager")
-
-
 def weights_that_are_elsewhere_are_placed() -> None:
     linear = torch.nn.Linear(2, 2)
     weights = dict(linear.state_dict())
@@ -140,7 +132,6 @@ PRIVATE: dict[str, Callable[[], None]] = {
     "_new": pixels_without_their_file,
     "_download": downloads_read_their_module,
     "_prepare_response_obj": json_of_views,
-    "_attn_implementation": eager_attention_is_known,
     "_hf_hook": weights_that_are_elsewhere_are_placed,
     "_C": weights_are_packed,
     "_has_mkldnn": weights_are_packed,
