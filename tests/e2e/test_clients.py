@@ -198,12 +198,16 @@ def examples() -> Iterator[tuple[str, str, str]]:
         for word in ("requests.post", "import OpenAI", "langchain_openai", "streamText"):
             if word in text:
                 yield word, language, text
+        if "import OpenAI" in text:
+            client = text
+        if "tools=[weather]" in text:  # it goes on with the client of the one before
+            yield "tools=[weather]", language, client + text
 
 
 def test_the_examples_of_the_page(server: Server, node: Path):
     """As they stand, but for the address. What they print stands beside them."""
     found = list(examples())
-    assert len(found) == 4
+    assert len(found) == 5
     for word, language, text in found:
         here = text.replace("http://127.0.0.1:8000", server.url)
         assert here != text
