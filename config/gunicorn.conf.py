@@ -1,4 +1,4 @@
-"""gunicorn: one worker that holds the model, and threads that wait for it.
+"""gunicorn: one worker that holds the model, or some that have none, and threads that wait.
 
 ``gunicorn -c config/gunicorn.conf.py wsgi:app``; ``--bind`` for another address.
 """
@@ -15,7 +15,7 @@ if not importlib.util.find_spec("qwenvl_app"):  # a checkout, and gunicorn was n
 
 from gunicorn.systemd import sd_notify
 
-from qwenvl_app import logs
+from qwenvl_app import logs, sharing
 from qwenvl_app.server import notify
 from qwenvl_app.server.hooks import hook
 from qwenvl_app.settings import SettingsError, load_for_workers
@@ -27,8 +27,8 @@ except SettingsError as error:  # one line, and no worker that dies again and ag
     sys.exit(os.EX_CONFIG)  # of its own: gunicorn's 1 is also a port that is in use
 
 bind = "0.0.0.0:8000"
-# The model is resident in the worker: a second one would load it twice.
-workers = 1
+# A model is resident in the one worker; with backend = "remote" there may be several.
+workers = _settings.workers
 # gthread, but that a request takes a thread only when all of it has arrived.
 worker_class = "qwenvl_app.server.worker.Worker"
 # Everyone who runs or waits holds a thread, four are there to refuse the next, and four the worker
@@ -72,8 +72,19 @@ def post_worker_init(worker):
             sd_notify("READY=1", worker.log)
 
 
+def share():
+    """Before workers are forked: what several of them have together."""
+    if workers > 1:
+        sharing.begin(worker_tmp_dir)
+
+
 def when_ready(server):
-    """A second signal ends it at once. gunicorn itself ignores a second SIGTERM."""
+    """Share, and have signals do what they should.
+
+    A second one to stop ends the service at once, where gunicorn ignores a second SIGTERM. Workers
+    are not added or taken away by signals: limits are divided among them when they start.
+    """
+    share()
     told = False
 
     def stop(number, frame):
@@ -85,6 +96,27 @@ def when_ready(server):
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+
+    def keep(number, frame):
+        server.log.warning("the number of workers is a setting: change it, and reload by SIGHUP")
+
+    signal.signal(signal.SIGTTIN, keep)
+    signal.signal(signal.SIGTTOU, keep)
+
+
+def on_reload(server):
+    """As ``when_ready``: there may be more workers now."""
+    share()
+
+
+def child_exit(server, worker):
+    """In the master: a worker has ended."""
+    sharing.forget(worker.pid)
+
+
+def on_exit(server):
+    """In the master: all have."""
+    sharing.end()
 
 
 def post_fork(server, worker):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flask import Flask
 
+from qwenvl_app import sharing
 from qwenvl_app.backends import Backend, build
 from qwenvl_app.generation import Status
 from qwenvl_app.service import tracing
@@ -50,6 +51,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         admission.drain()
         disconnects.close()
         backend.close()
+        metrics.close()
         traces.close()
 
     keys, traces = auth.Keys(settings.api_keys), tracing.start()
@@ -66,7 +68,8 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         "has_key": keys.admit,
     }
     _for_every_route(app, settings, metrics, traces, keys)
-    quota, fetcher = Quota(settings.max_requests_per_key), Fetcher(settings)
+    quota = Quota(settings.max_requests_per_key, sharing.directory())
+    fetcher = Fetcher(settings)
     service = Service(settings, backend, admission, quota, disconnects, status, fetcher)
     _register_routes(app, service, metrics)
     return app

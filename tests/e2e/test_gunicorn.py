@@ -229,6 +229,10 @@ def test_a_wrong_setting_stops_the_start_with_one_line(tmp_path: Path):
         (("--protocol", "uwsgi"), "let the proxy in front speak HTTP/1.1 to this service"),
         (("--certfile", "README.md", "--keyfile", "README.md"), TLS),
         (("--keyfile", "README.md"), TLS),
+        (
+            ("--workers", "2"),
+            "set QWENVL_WORKERS: a model can't be shared by several, and limits are divided by it",
+        ),
     ],
 )
 def test_options_that_break_the_framing_stop_the_start(tmp_path: Path, options, sentence: str):
