@@ -157,7 +157,7 @@ OVERRIDDEN = {
     "server.worker.Worker": f"{WORKER} handle_request load_wsgi run",
     "web.responses.ContractJSON": "ensure_ascii response sort_keys",
     "service.metrics._Gauges": "collect",
-    "loading.modelscope._Anonymous": "get_session_id",
+    "hub.modelscope._Anonymous": "get_session_id",
     "engine.kv_cache.SlotCache": "reset update",
     "engine.compiled._Cells": "update",
     "engine.recurrent.RecurrentCache": f"{STATES} update_conv_state update_recurrent_state",
@@ -321,7 +321,7 @@ def test_what_we_override_is_still_theirs():
         (gunicorn, "server.worker.Worker"),
         (flask, "web.responses.ContractJSON"),
         (prometheus_client, "service.metrics._Gauges"),
-        (modelscope_hub, "loading.modelscope._Anonymous"),
+        (modelscope_hub, "hub.modelscope._Anonymous"),
     ],
 )
 def test_what_we_override_is_called(library: ModuleType, kind: str):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from flask import Flask
 
-from qwenvl_app.backends.openai_request import body_of
-from qwenvl_app.backends.remote import RemoteBackend
+from qwenvl_app.backends.remote.backend import RemoteBackend
+from qwenvl_app.backends.remote.request import body_of
 from qwenvl_app.generation import GenerationRequest, Phase, question
 from qwenvl_app.images.decode import decode_image
 from qwenvl_app.service.metrics import REASONS

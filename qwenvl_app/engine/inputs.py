@@ -13,7 +13,7 @@ from qwenvl_app.engine.pixels import Grid
 from qwenvl_app.engine.positions import mrope_positions
 from qwenvl_app.engine.prefix_cache import Text
 from qwenvl_app.generation import GenerationRequest
-from qwenvl_app.prompts import Reasoning
+from qwenvl_app.prompts.builder import Reasoning
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qwenvl_app.engine.grammar import Grammars
 from qwenvl_app.engine.pixels import Patcher
-from qwenvl_app.prompts import PromptBuilder
+from qwenvl_app.grammar.grammars import Grammars
+from qwenvl_app.prompts.builder import PromptBuilder
 
 
 @dataclass(frozen=True)

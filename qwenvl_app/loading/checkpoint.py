@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.hub.base import Hub
 from qwenvl_app.loading import weights
 from qwenvl_app.loading.files import (
     BOM,
@@ -24,7 +25,6 @@ from qwenvl_app.loading.files import (
     readable,
     refuse_pointer,
 )
-from qwenvl_app.loading.hub import Hub
 
 DEMO = Path(__file__).resolve().parent.parent / "demo_model"
 # The families whose parts the engine knows, see ``engine/vision.py`` and ``engine/model.py``.
@@ -132,10 +132,10 @@ def _locate(name: str, download: bool, say: Callable[[str], None]) -> Path:
 def _hub(prefix: str | None) -> Hub:
     """Only now imported: it takes time, and nothing else here talks to a network."""
     if prefix:
-        from qwenvl_app.loading.huggingface import HuggingFace
+        from qwenvl_app.hub.huggingface import HuggingFace
 
         return HuggingFace()
-    from qwenvl_app.loading.modelscope import ModelScope
+    from qwenvl_app.hub.modelscope import ModelScope
 
     return ModelScope()
 

@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from qwenvl_app.backends.alarm import Alarm
-from qwenvl_app.backends.connections import Exchange, pool
-from qwenvl_app.backends.failures import TRANSPORT, UpstreamError
+from qwenvl_app.backends.remote.alarm import Alarm
+from qwenvl_app.backends.remote.connections import Exchange, pool
+from qwenvl_app.backends.remote.failures import TRANSPORT, UpstreamError
 from qwenvl_app.generation import Phase, Status
 
 log = logging.getLogger(__name__)

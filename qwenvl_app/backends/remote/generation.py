@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from urllib3 import BaseHTTPResponse
 
-from qwenvl_app.backends.connections import Exchange
-from qwenvl_app.backends.failures import (
+from qwenvl_app.backends.remote.connections import Exchange
+from qwenvl_app.backends.remote.failures import (
     TRANSPORT,
     Head,
     UpstreamError,
@@ -21,14 +21,14 @@ from qwenvl_app.backends.failures import (
     of_status,
     of_transport,
 )
-from qwenvl_app.backends.openai_request import Body
-from qwenvl_app.backends.openai_stream import AnswerReader, events
-from qwenvl_app.backends.upstreams import Upstream
+from qwenvl_app.backends.remote.request import Body
+from qwenvl_app.backends.remote.stream import AnswerReader, events
+from qwenvl_app.backends.remote.upstreams import Upstream
 from qwenvl_app.errors import DeadlineExceeded, ServiceError
 from qwenvl_app.generation import Delta, FinishReason, Timings
 
 if TYPE_CHECKING:
-    from qwenvl_app.backends.remote import RemoteBackend
+    from qwenvl_app.backends.remote.backend import RemoteBackend
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
-_CHECK = Path(__file__).with_name("grammar_check.py")
+_CHECK = Path(__file__).with_name("check.py")
 _PATIENCE_S = 10.0  # for the check, which has two seconds of CPU time: on a machine that is busy
 
 # As ``json.dumps`` writes it, with an indent or without. More would let a model write blanks for

@@ -1,0 +1,1 @@
+"""Finding models on ModelScope and Hugging Face, and downloading them."""
