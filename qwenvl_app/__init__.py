@@ -34,9 +34,8 @@ from qwenvl_app.web.responses import ContractJSON
 def create_app(settings: Settings | None = None, backend: Backend | None = None) -> Flask:
     """Wire the application. Without ``backend`` the settings' own is built and starts loading.
 
-    Raises SettingsError. ``app.extensions["qwenvl"]`` holds the backend, the admission, the
-    disconnects, the function ``status``, and two that may be called any number of times, on any
-    thread: ``drain`` refuses all who have no permit from then on, ``close`` ends every thread.
+    Raises SettingsError. ``app.extensions["qwenvl"]`` holds parts and functions, for any thread:
+    ``drain`` refuses all who have no permit, ``close`` ends every thread, both any number of times;
     ``refused`` counts what the worker answered itself, ``has_key`` judges ``Authorization``.
     """
     settings = settings or current()
@@ -69,8 +68,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
     }
     _for_every_route(app, settings, metrics, traces, keys)
     quota = Quota(settings.max_requests_per_key, sharing.directory())
-    fetcher = Fetcher(settings)
-    service = Service(settings, backend, admission, quota, disconnects, status, fetcher)
+    service = Service(settings, backend, admission, quota, disconnects, status, Fetcher(settings))
     _register_routes(app, service, metrics)
     return app
 

@@ -157,6 +157,9 @@ OVERRIDDEN = {
     "server.worker.Worker": f"{WORKER} handle_request load_wsgi run",
     "web.responses.ContractJSON": "ensure_ascii response sort_keys",
     "service.metrics._Gauges": "collect",
+    "service.all_workers._Fresh": "collect",
+    "service.all_workers._Others": "collect",
+    "service.all_workers._Processes": "collect",
     "hub.modelscope._Anonymous": "get_session_id",
     "engine.kv_cache.SlotCache": "reset update",
     "engine.compiled._Cells": "update",
@@ -189,7 +192,17 @@ def idle_connections_are_not_counted() -> None:
     assert mentions(gunicorn, "max_keepalived") > 1
 
 
-SET = (no_body_is_drained, connections_are_initialised, idle_connections_are_not_counted)
+def values_are_made_by_the_class_of_the_moment() -> None:
+    """``process.share_metrics``: or each worker would count for itself."""
+    assert mentions(prometheus_client, "ValueClass") > 1
+
+
+SET = (
+    no_body_is_drained,
+    connections_are_initialised,
+    idle_connections_are_not_counted,
+    values_are_made_by_the_class_of_the_moment,
+)
 
 
 def a_mask_of_four_dimensions_is_taken_as_it_is() -> None:
