@@ -52,6 +52,7 @@ control_socket_disable = True
 
 # The application logs each request itself, with what only it knows (web/request_log.py).
 accesslog = None
+logger_class = "qwenvl_app.server.log.Log"
 logconfig_dict = logs.config(_settings.log_format)
 
 
@@ -124,11 +125,13 @@ def post_fork(server, worker):
 
     The engine's thread gives up the interpreter's lock in every operation of the model; from a
     thread that is busy with a form or a picture it gets it back after this time, by default 5 ms.
+    Without a model the default is better: threads that answer gain nothing by taking turns often.
 
     And glibc gives memory back: with an arena a thread, pictures left it 300 MB larger for good. By
     mallopt, since its environment variables are read before Python starts. Elsewhere: nothing.
     """
-    sys.setswitchinterval(0.0002)
+    if _settings.backend == "local":
+        sys.setswitchinterval(0.0002)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-8, 2)  # M_ARENA_MAX

@@ -155,6 +155,7 @@ WORKER = "accept check_config finish_request get_thread_pool handle handle_error
 STATES = "get_conv_state get_recurrent_state is_recording_past reset"
 OVERRIDDEN = {
     "server.worker.Worker": f"{WORKER} handle_request load_wsgi run",
+    "server.log.Log": "access",
     "web.responses.ContractJSON": "ensure_ascii response sort_keys",
     "service.metrics._Gauges": "collect",
     "service.all_workers._Fresh": "collect",
@@ -332,6 +333,7 @@ def test_what_we_override_is_still_theirs():
     ("library", "kind"),
     [
         (gunicorn, "server.worker.Worker"),
+        (gunicorn, "server.log.Log"),
         (flask, "web.responses.ContractJSON"),
         (prometheus_client, "service.metrics._Gauges"),
         (modelscope_hub, "hub.modelscope._Anonymous"),
