@@ -25,7 +25,6 @@ from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 
 from demo.checkpoint import make_config, make_generation_config, write_processor, write_tokenizer
 from demo.data import Batch, Batches, Mix
-from demo.plot import draw_curve
 from demo.scenes import COLORS, SHAPES
 
 SEED = 20261124
@@ -198,6 +197,8 @@ def train(arguments: argparse.Namespace) -> None:
                 shares = validate(model, validation)
                 bar.write(" ".join(f"{k}={v:.4f}" for k, v in shares.items()))
                 record(stage=stage.name, step=step, validation=shares)
+                from demo.plot import draw_curve  # brings matplotlib, which nothing else needs
+
                 draw_curve(arguments.log, arguments.plot)
                 model.save_pretrained(out)
         model.save_pretrained(out)

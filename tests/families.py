@@ -10,12 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwenvl_app.engine.model import LoadedModel
-from qwenvl_app.loading.checkpoint import DEMO
+from qwenvl_app.loading.checkpoint import DEMO, FAMILIES
 from qwenvl_app.loading.load import load
 from tests import templates
 
@@ -148,6 +149,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+# Where a test is not about the family, those with experts say again what their dense ones say.
+USUAL = [
+    pytest.param(name, marks=pytest.mark.slow) if name.endswith("_moe") else name
+    for name in FAMILIES
+]
 
 # What published ones have instead, and how many parameters that makes: by their files' sizes.
 _QWEN2_5_VISION = {

@@ -7,6 +7,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -126,7 +127,12 @@ def sixteen_bits() -> bytes:
 
 def zipped(bomb: Callable[[bytes], bytes], size: int) -> bytes:
     """``bomb`` around ``size`` zero bytes, deflated."""
-    return bomb(zlib.compress(bytes(size), 9))
+    return bomb(_deflated_zeros(size))
+
+
+@cache
+def _deflated_zeros(size: int) -> bytes:
+    return zlib.compress(bytes(size), 9)
 
 
 def packed_text(kind: str, size: int) -> bytes:

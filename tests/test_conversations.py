@@ -16,7 +16,6 @@ from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import VisionPass
 from qwenvl_app.generation import GenerationRequest, Message, SamplingParams
-from qwenvl_app.loading.checkpoint import FAMILIES
 from tests import families
 from tests.engines import finish, generate, inputs_of, judge, random_image, request, running
 
@@ -24,7 +23,7 @@ WORDS = ("描述", "what color ", "图", "is there ", "🎉", "<|im_end|>", "a",
 Turn = tuple[GenerationRequest, Sequence]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=families.USUAL)
 def wild(request, tmp_path_factory) -> LoadedModel:
     return families.wild(tmp_path_factory.mktemp("family") / request.param, request.param)
 

@@ -482,6 +482,7 @@ def test_every_reason_has_its_case():
         assert any(fnmatchcase(name, pattern) for name in names), pattern
 
 
+@pytest.mark.slow  # its kinds of files are all among ours
 def test_the_bmp_suite(pytestconfig: pytest.Config):
     """Jason Summers' good files, of which Pillow's source has some, and how they should look."""
     files = {name: data for name, data in pillow_images(pytestconfig) if name.startswith("bmp/")}

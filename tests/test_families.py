@@ -18,9 +18,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import fused
-from qwenvl_app.engine.inputs import prepare
+from qwenvl_app.engine.inputs import mrope_positions, prepare
 from qwenvl_app.engine.model import LoadedModel
-from qwenvl_app.engine.positions import mrope_positions
 from qwenvl_app.engine.runner import Runner
 from qwenvl_app.engine.vision import VisionPass, VisionTower
 from qwenvl_app.errors import ModelLoadError
@@ -83,6 +82,7 @@ def test_every_token_is_that_of_generate(wild, asked, slots: int, chunk: int, pr
         assert hits >= 2 * len(asked)
 
 
+@pytest.mark.parametrize("wild", families.USUAL, indirect=True, scope="module")
 @pytest.mark.parametrize("change", ["packed", "eager"])
 def test_nor_does_it_matter_how_products_are_made(wild, asked, change: str, monkeypatch):
     """Packed: layers and activations are replaced. Eager: that attention adds its mask."""

@@ -137,7 +137,7 @@ class LocalBackend:
             kv_cache_bytes=plan.kv_cache,
             prefix_cache_bytes=plan.prefix_cache,
             prefill_chunk=settings.prefill_chunk,
-            patch_bytes=plan.patch,
+            patch_tokens=plan.patch,
             compile=settings.compile,
         )
         engine = engines.Engine(loaded, options)

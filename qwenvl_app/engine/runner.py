@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from qwenvl_app.engine.compiled import ATTENTION, CompiledDecode
+from qwenvl_app.engine.compiled import CompiledDecode
+from qwenvl_app.engine.fused import ATTENTION
 from qwenvl_app.engine.inputs import Features, Span
 from qwenvl_app.engine.kv_cache import SlotCache
 from qwenvl_app.engine.layout import layout_of
@@ -38,8 +39,6 @@ class Runner:
                 "checkpoint"
             )
         self.layout = layout_of(self._text)
-        # The eager attention adds its mask; all others take True and False.
-        self._adds_mask = self._text.config._attn_implementation == "eager"
         self.max_length: int = self._text.config.max_position_embeddings
         self.depth = len(self._tower.visual.blocks)
         self.merge: int = self._tower.merge
@@ -173,11 +172,9 @@ class Runner:
         return self._logits(hidden[:, -1])
 
     def _mask(self, mask: torch.Tensor) -> torch.Tensor:
-        if not self._adds_mask:
-            return mask
-        dtype = self.layout.dtype
-        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return added.masked_fill_(~mask, torch.finfo(dtype).min)
+        """To be added: from True and False each layer's attention would make this for itself."""
+        added = torch.zeros_like(mask, dtype=self.layout.dtype)
+        return added.masked_fill_(~mask, -torch.inf)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._model.lm_head(hidden)

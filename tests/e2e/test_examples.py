@@ -56,7 +56,10 @@ def test_an_example(name: str, server: Server, tmp_path: Path):
         assert ANSWER in done.stdout
 
 
-@pytest.mark.parametrize("name", sorted({"ask.sh", "ask.py", "ask.mjs", "Ask.java", "ask.go"}))
+COMPILED = [pytest.param(name, marks=pytest.mark.slow) for name in ("Ask.java", "ask.go")]
+
+
+@pytest.mark.parametrize("name", ["ask.sh", "ask.py", "ask.mjs", *COMPILED])
 def test_an_error_is_told(name: str, server: Server, tmp_path: Path):
     command = COMMANDS[name].replace("demo/samples/red-circle.png", "examples/README.md")
     done = run(command, server, tmp_path)

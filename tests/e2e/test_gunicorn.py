@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
+from gunicorn.config import Config
 from PIL import Image
 
 from demo.evaluate import Case as Question
 from demo.evaluate import ask, chinese_cases, package_cases
 from qwenvl_app.loading.checkpoint import DEMO
+from qwenvl_app.server.options import fault
 from tests.contract import FROM_SOURCE, RECORDED, Case
 from tests.e2e.server import FAKE, ROOT, Server
 from tests.waiting import until
@@ -72,7 +74,7 @@ def test_curl(server: Server):
     assert output.decode() == '{"status":"success","result":"图中的圆形是红色的。"}'
 
 
-@pytest.mark.parametrize("share", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [15, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_sample_of_the_evaluation(server: Server, share: int):
     """``demo/evaluate.py`` asks all 9,673 and 1,600; here every 40th and every 8th, or fewer."""
     wrong: list[tuple[Question, str]] = []
@@ -218,22 +220,38 @@ def test_a_wrong_setting_stops_the_start_with_one_line(tmp_path: Path):
     ]
 
 
+OPTIONS = [
+    (("--certfile", "README.md", "--keyfile", "README.md"), TLS),
+    (("--limit-request-line", "0"), "a request line has to have a limit, from 1 to 8190"),
+    (
+        ("--proxy-protocol", "v1"),
+        "let the proxy in front send X-Forwarded-For, and set trusted_hops",
+    ),
+    (("--protocol", "uwsgi"), "let the proxy in front speak HTTP/1.1 to this service"),
+    (("--keyfile", "README.md"), TLS),
+    (
+        ("--workers", "2"),
+        "set QWENVL_WORKERS: a model can't be shared by several, and limits are divided by it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), OPTIONS)
+def test_options_that_break_the_framing(options, sentence: str):
+    cfg = Config()
+    for name, value in vars(cfg.parser().parse_args(options)).items():
+        if value is not None and name != "args":
+            cfg.set(name, value)
+    name = options[0].removeprefix("--").replace("-", "_")
+    told = fault(cfg)
+    assert told is not None
+    assert told.startswith(f"gunicorn's option {name} = ")
+    assert told.endswith(sentence)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
-    [
-        (("--limit-request-line", "0"), "a request line has to have a limit, from 1 to 8190"),
-        (
-            ("--proxy-protocol", "v1"),
-            "let the proxy in front send X-Forwarded-For, and set trusted_hops",
-        ),
-        (("--protocol", "uwsgi"), "let the proxy in front speak HTTP/1.1 to this service"),
-        (("--certfile", "README.md", "--keyfile", "README.md"), TLS),
-        (("--keyfile", "README.md"), TLS),
-        (
-            ("--workers", "2"),
-            "set QWENVL_WORKERS: a model can't be shared by several, and limits are divided by it",
-        ),
-    ],
+    [OPTIONS[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in OPTIONS[1:])],
 )
 def test_options_that_break_the_framing_stop_the_start(tmp_path: Path, options, sentence: str):
     server = Server(tmp_path / "log", FAKE, options)
