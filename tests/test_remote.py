@@ -231,8 +231,10 @@ def test_a_favourite_that_is_overloaded_is_no_favourite():
         favourite = upstreams.choose(b"picture", ())
         other = next(each for each in upstreams.all if each is not favourite)
         assert favourite
-        favourite.running = 1
+        favourite.running = 4  # among so few, that is no overload
         assert upstreams.choose(b"picture", ()) is favourite
+        favourite.running = 5
+        assert upstreams.choose(b"picture", ()) is other
         favourite.running = 20
         assert upstreams.choose(b"picture", ()) is other
         assert upstreams.choose(None, ()) is other

@@ -229,6 +229,10 @@ OPTIONS = [
     ),
     (("--protocol", "uwsgi"), "let the proxy in front speak HTTP/1.1 to this service"),
     (("--keyfile", "README.md"), TLS),
+    (
+        ("--workers", "2"),
+        "set QWENVL_WORKERS: a model can't be shared by several, and limits are divided by it",
+    ),
 ]
 
 
