@@ -37,10 +37,11 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# What the service adds to model.generate, and what batching brings: see benchmarks/RESULTS.md.
+# Ours beside the replaced service, generate and PEERS (benchmarks/peers.md), in under 20 minutes, into
+# benchmarks/RESULTS.md: make bench PEERS="llama-server=http://127.0.0.1:8081,http://127.0.0.1:8082"
+# BENCH=--quick takes a few minutes; python -m benchmarks.serving --help has the rest.
 bench: $(VENV)/dev
-	$(BIN)/python -m benchmarks.overhead
-	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.serving --peers $(PEERS) $(BENCH)
 
 # All that a GPU can tell, in nine minutes, into gpu.json; it needs no more than the service does.
 bench-gpu: $(VENV)/runtime

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from benchmarks.cluster_model import Cluster, Load, Outcome, Simulation
 from benchmarks.sizing import BUSY, GPUS, Engine, Gpu, Work
 
-# Seconds of a front end's core: to read a request (RESULTS.md, "Beside vLLM"), to decode a JPEG of
-# a megapixel once (measured), and to pass a token on (assumed; parsing it takes 7 us).
+# Seconds of a front end's core: to read a request (RESULTS.md, "What was found on the way"), to
+# decode a JPEG of a megapixel once (measured), and to pass a token on (assumed; parsing: 7 us).
 READ_S, DECODE_S, TOKEN_S = 1.5e-3, 3.9e-3, 0.05e-3
 PERMITS = 256  # the largest max_concurrency
 CORE_PRICE = 0.05  # of an hour of one core and 2 GB

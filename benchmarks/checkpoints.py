@@ -1,7 +1,11 @@
-"""A checkpoint to measure with: random weights, answers that never end by themselves."""
+"""A checkpoint to measure with: random weights, answers that never end by themselves.
+
+``python -m benchmarks.checkpoints FOLDER`` writes it, for a peer to serve; always the same one.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -34,3 +38,9 @@ def write_checkpoint(directory: Path, max_pixels: int = 1024 * 1024) -> None:
         model.lm_head.weight[never] = 0
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=never)
     model.save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(target)

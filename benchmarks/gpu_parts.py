@@ -31,7 +31,7 @@ def equivalence(bench: Bench, modes: tuple[Mode, ...]) -> None:
         random_request(rng, max_new_tokens=bench.tokens // 4, ignore_eos=True) for _ in range(8)
     ]
     solos = [generate(loaded, each) for each in asked]
-    loaded = bench.moved(loaded)
+    loaded = bench.moved(bench.fused(loaded))
     for mode in modes:
         with bench.engine(loaded, 4, mode) as engine:
             verdicts = []

@@ -242,7 +242,9 @@ def write_weights(
     """
     torch.manual_seed(0)
     settings = config(width, layers, depth, tower)
-    model: Any = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(settings))
+    # A CPU takes minutes to draw the real width.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model: Any = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(settings))
     model.to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():

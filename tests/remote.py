@@ -11,7 +11,7 @@ from flask import Flask
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from qwenvl_app import create_app
-from qwenvl_app.backends.remote import RemoteBackend
+from qwenvl_app.backends.remote.backend import RemoteBackend
 from qwenvl_app.generation import Phase
 from qwenvl_app.settings import load_settings
 from qwenvl_app.testing import ScriptedBackend

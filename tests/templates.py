@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from qwenvl_app.generation import Message, question
-from qwenvl_app.prompts import Prompt, PromptBuilder
+from qwenvl_app.prompts.builder import Prompt, PromptBuilder
 
 _DIRECTORY = Path(__file__).parent / "data" / "templates"
 # By the family's name in config.json.

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from qwenvl_app.errors import BadRequest
 from qwenvl_app.generation import Message, ToolCall
 from qwenvl_app.loading.checkpoint import DEMO
-from qwenvl_app.prompts import PromptBuilder
+from qwenvl_app.prompts.builder import PromptBuilder
 from tests import real_shape, templates
 from tests.templates import PICTURE
 

@@ -132,7 +132,7 @@ def test_a_roomy_cache_has_sides_of_powers_of_two_within_its_budget(rows, tokens
     layout = Layout(1, 1, torch.float32, (torch.device("cpu"),))
     cache = SlotCache(layout, roomy=16 * BLOCK)
     cache.fit(rows, tokens)
-    keys, _ = cache.first(rows)
+    keys, _ = cache.first(rows, cache.length)
     assert (cache.slots, keys[0].shape[2]) == sides
     version = cache.version
     cache.fit(rows, tokens)

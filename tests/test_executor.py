@@ -170,7 +170,7 @@ def harness(monkeypatch, kind: str, tokens: int, slots: int, prefix: int = 0) ->
         kv_cache_bytes=layout.bytes(tokens, slots),
         prefix_cache_bytes=prefix,
         prefill_chunk=512,
-        patch_bytes=(TOWER, FEATURES),
+        patch_tokens=(TOWER / TOKEN, FEATURES / TOKEN),
         compile="on" if kind == "roomy" else "off",
     )
     config = GenerationConfig(eos_token_id=[])

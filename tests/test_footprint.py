@@ -147,13 +147,12 @@ def test_qwen35(tmp_path: Path):
 
 
 def test_a_mixture_of_experts(tmp_path: Path):
-    """All experts' weights are there, and a token passes through a few."""
-    config = configured("qwen3_vl_moe", {"num_experts_per_tok": 8}, {})
+    """All experts' weights are there."""
+    config = configured("qwen3_vl_moe", {}, {})
     need = estimate(write(tmp_path, config), "bfloat16", 50e6, cpu=False)
     experts = 3 * 60 * 2048 * 1408
     assert 2 * experts < need.layer < 1.1 * 2 * experts
     assert need.weights > config["text_config"]["num_hidden_layers"] * 2 * experts
-    assert need.chunk_token == (3 * 8 * 1408 + 8 * 2048) * 2
 
 
 def quantised(method: str) -> dict[str, Any]:

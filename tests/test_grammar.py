@@ -20,9 +20,7 @@ from PIL import Image
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from qwenvl_app.engine import grammar
 from qwenvl_app.engine.engine import Engine
-from qwenvl_app.engine.grammar import Grammars, Matcher
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.sampling import Sampler, next_tokens
 from qwenvl_app.engine.sequence import Sequence
@@ -33,9 +31,11 @@ from qwenvl_app.generation import (
     GenerationRequest,
     SamplingParams,
 )
+from qwenvl_app.grammar import grammars as compiling
+from qwenvl_app.grammar.grammars import Grammars, Matcher
 from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.loading.load import load
-from qwenvl_app.prompts import Reasoning
+from qwenvl_app.prompts.builder import Reasoning
 from tests.engines import finish, random_request, request, running, spread
 from tests.real_shape import ADDED
 from tests.schemas import schemas
@@ -214,7 +214,7 @@ def write(matcher: Matcher, rng: random.Random, most: int = 2000) -> list[int] |
 
 
 def matcher_of(grammars: Grammars, constraint: Constraint, reasoning=None) -> Matcher:
-    matcher = grammars.matcher(constraint, reasoning)
+    matcher = grammars.matcher(constraint, reasoning and reasoning.open_until)
     assert matcher is not None
     return matcher
 
@@ -351,6 +351,23 @@ def test_what_can_t_be_done_is_refused_by_name(grammars, keyword, schema):
         assert not any(ours in said for ours in ("answer", "x-guidance", "start:", "\n"))
 
 
+def test_what_may_repeat_itself_is_no_question(grammars, tokens):
+    """``uniqueItems: false`` is the default, and only a keyword where keywords stand."""
+    twice = {"items": {"const": 1}, "minItems": 2, "maxItems": 2, "uniqueItems": False}
+    named = {"const": {"uniqueItems": False}}
+    schema = {
+        "type": "object",
+        "properties": {"uniqueItems": {"type": "array", **twice}, "as_is": named, "no": False},
+        "required": ["uniqueItems", "as_is"],
+        "additionalProperties": False,
+    }
+    matcher = matcher_of(grammars, Constraint("json", schema))
+    written = write(matcher, random.Random(0))
+    assert written is not None
+    found = json.loads(tokens.decode(written))
+    assert found == {"uniqueItems": [1, 1], "as_is": {"uniqueItems": False}}
+
+
 def test_a_schema_that_nothing_fits_is_refused(grammars):
     for schema in (
         {"enum": []},
@@ -396,7 +413,7 @@ def test_a_hostile_schema_is_refused(grammars, name):
 def test_a_schema_is_compiled_once(tokens, monkeypatch):
     """Also one that is refused. What is kept is bounded."""
     checked: list[str] = []
-    monkeypatch.setattr(grammar, "check_grammar", lambda text: checked.append(text) or "")
+    monkeypatch.setattr(compiling, "check_grammar", lambda text: checked.append(text) or "")
     grammars = Grammars(tokens, WIDTH, sorted(ENDS))
     for _ in range(3):
         matcher_of(grammars, Constraint("json", {"const": 1}))

@@ -25,7 +25,7 @@ from qwenvl_app.loading import load as loading
 from qwenvl_app.loading.checkpoint import DEMO
 from qwenvl_app.loading.footprint import estimate
 from qwenvl_app.loading.load import load
-from qwenvl_app.prompts import PromptBuilder
+from qwenvl_app.prompts.builder import PromptBuilder
 from qwenvl_app.settings import load_settings
 from tests import templates
 from tests.wire import GOOD, MULTIPART, ROUTE

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qwenvl_app.backends.failures import UpstreamError
-from qwenvl_app.backends.openai_request import body_of
-from qwenvl_app.backends.openai_stream import AnswerReader, events
+from qwenvl_app.backends.remote.failures import UpstreamError
+from qwenvl_app.backends.remote.request import body_of
+from qwenvl_app.backends.remote.stream import AnswerReader, events
 from qwenvl_app.generation import (
     CALL_MARKS,
     Constraint,

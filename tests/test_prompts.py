@@ -10,9 +10,9 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from qwenvl_app.chat_encoder import ChatEncoder
 from qwenvl_app.loading.checkpoint import DEMO
-from qwenvl_app.prompts import PromptBuilder
+from qwenvl_app.prompts.builder import PromptBuilder
+from qwenvl_app.prompts.chat_encoder import ChatEncoder
 from tests import real_shape, templates
 
 CONTROL = [

@@ -26,7 +26,7 @@ from qwenvl_app.engine.sampling import next_tokens
 from qwenvl_app.generation import Delta, FinishReason, Phase, SamplingParams
 from qwenvl_app.loading.checkpoint import find
 from qwenvl_app.loading.load import load
-from qwenvl_app.prompts import PromptBuilder
+from qwenvl_app.prompts.builder import PromptBuilder
 from qwenvl_app.settings import load_settings
 from tests import parity, real_shape, templates
 from tests.engines import agrees, finish, generate, random_request, request, running, until_idle

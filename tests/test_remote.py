@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from flask import Flask
 
-from qwenvl_app.backends.openai_request import body_of
-from qwenvl_app.backends.remote import RemoteBackend
+from qwenvl_app.backends.remote.backend import RemoteBackend
+from qwenvl_app.backends.remote.request import body_of
 from qwenvl_app.generation import GenerationRequest, Phase, question
 from qwenvl_app.images.decode import decode_image
 from qwenvl_app.service.metrics import REASONS
@@ -231,8 +231,10 @@ def test_a_favourite_that_is_overloaded_is_no_favourite():
         favourite = upstreams.choose(b"picture", ())
         other = next(each for each in upstreams.all if each is not favourite)
         assert favourite
-        favourite.running = 1
+        favourite.running = 4  # among so few, that is no overload
         assert upstreams.choose(b"picture", ()) is favourite
+        favourite.running = 5
+        assert upstreams.choose(b"picture", ()) is other
         favourite.running = 20
         assert upstreams.choose(b"picture", ()) is other
         assert upstreams.choose(None, ()) is other

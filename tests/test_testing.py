@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from qwenvl_app.errors import Unavailable
 from qwenvl_app.generation import FinishReason, Phase, Status
 from qwenvl_app.testing import ScriptedBackend
@@ -42,6 +44,21 @@ def test_the_example_of_the_documentation(tmp_path: Path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_example_with_the_demo_model():
+    (code,) = re.findall(r"```python\n(import time\n.*?)```", read("docs/testing.md"), re.DOTALL)
+    assert "create_app().test_client()" in code
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout == "图中有一个红色的圆形。\n"
 
 
 def test_a_script_for_each_question(qwenvl_client, qwenvl_backend: ScriptedBackend):

@@ -39,7 +39,7 @@ class Backend(Protocol):
 def build(settings: Settings) -> Backend:
     """The backend that the settings ask for. Loading goes on in the background."""
     if settings.backend == "remote":
-        from qwenvl_app.backends.remote import RemoteBackend
+        from qwenvl_app.backends.remote.backend import RemoteBackend
 
         return RemoteBackend(settings)
     from qwenvl_app.backends.local import LocalBackend

@@ -109,7 +109,7 @@ def run_doctor(bind: str) -> None:
 
 def _ask_upstreams(settings: Settings) -> int:
     """Print how the other servers are; the exit status is 0 if one of them would answer."""
-    from qwenvl_app.backends.remote import RemoteBackend  # not at the top: few need it
+    from qwenvl_app.backends.remote.backend import RemoteBackend  # not at the top: few need it
 
     backend = RemoteBackend(settings)
     try:

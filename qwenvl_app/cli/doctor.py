@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import re
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from qwenvl_app import process
 from qwenvl_app.engine import memory
 from qwenvl_app.errors import ModelLoadError
+from qwenvl_app.hub import NotDownloaded
 from qwenvl_app.loading import checkpoint, devices, footprint, plan
 from qwenvl_app.settings import Settings
 
@@ -33,7 +34,7 @@ class Level(StrEnum):
     FAIL = "FAIL"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Finding:
     """One line of the report."""
 
@@ -50,7 +51,7 @@ def examine(settings: Settings, bind: str) -> Iterator[Finding]:
     try:
         found = checkpoint.find(settings.model, download=False)
         need = devices.estimate(found, settings)
-    except checkpoint.NotDownloaded as error:
+    except NotDownloaded as error:
         text = f"{error}; `flask --app wsgi download` gets it, or else the first start"
         yield Finding(Level.WARN, "model", text)
         return
@@ -115,26 +116,20 @@ def _no_gpu() -> str:
 
 
 def _memory(settings: Settings, need: footprint.Footprint) -> Iterator[Finding]:
-    gpus = devices.gpus(settings.device)
-    host = memory.free_memory(torch.device("cpu"))
-    if not gpus:
-        made = plan.make(need, settings, plan.Memory([host], cpu=True))
-        yield _verdict("memory", made)
-        if not made.problem:
-            idle = psutil.Process().memory_info().rss
-            idle += plan.LIBRARIES + need.tokenizer + need.weights
-            most = idle + made.work
+    there = devices.memory(settings)
+    now = plan.make(need, settings, there)
+    if there.cpu:
+        yield _verdict("memory", now)
+        if not now.problem:
+            idle = psutil.Process().memory_info().rss + need.weights
+            most = idle + now.work
             text = f"about {plan.gib(idle)} when idle, and up to {plan.gib(most)} at once"
             yield Finding(Level.OK, "process", text)
         return
-    free, total = zip(*map(torch.cuda.mem_get_info, gpus), strict=True)
-    spare = host if settings.device == "auto" else 0
-    now, empty = (
-        plan.make(need, settings, plan.Memory(each, cpu=False, host=spare))
-        for each in (free, total)
-    )
+    total = [torch.cuda.mem_get_info(gpu)[1] for gpu in devices.gpus(settings.device)]
+    empty = plan.make(need, settings, dataclasses.replace(there, free=total))
     yield _verdict("GPU memory", now, empty)
-    yield _host(now, host)
+    yield _host(now, memory.free_memory(torch.device("cpu")))
 
 
 def _verdict(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = None) -> Finding:
@@ -151,12 +146,11 @@ def _verdict(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = 
 
 def _host(made: plan.MemoryPlan, host: int) -> Finding:
     """The machine's memory beside GPUs."""
-    fixed = _BASE + made.need.tokenizer
-    wanted = fixed + made.settings.max_concurrency * made.picture
+    wanted = _BASE + made.settings.max_concurrency * made.picture
     text = f"{plan.gib(host)} free, up to {plan.gib(wanted)} wanted for libraries and pictures"
     if host >= wanted:
         return Finding(Level.OK, "host memory", text)
-    fewer = max(0, host - fixed) // made.picture
+    fewer = max(0, host - _BASE) // made.picture
     fits = f"QWENVL_MAX_CONCURRENCY={fewer} fits; or " if fewer else ""
     return Finding(Level.WARN, "host memory", f"{text}; {fits}lower QWENVL_MAX_IMAGE_MEGAPIXELS")
 

@@ -2,9 +2,9 @@
 
 A decode step is over a thousand small operators, and to launch them takes longer than to run them.
 A CUDA graph launches all in one go, but is bound to its shapes and addresses. So the rows of a call
-are padded to a power of two and their length is the whole cache's, which grows in powers of two:
-few graphs serve many steps. (vLLM, ``vllm/v1/cudagraph_dispatcher.py``, pads its batches for the
-same reason.) torch.compile fuses many operators before, once for all shapes.
+and the columns that they look at are padded to powers of two: few graphs serve many steps. (vLLM,
+``vllm/v1/cudagraph_dispatcher.py``, pads its batches for the same reason.) torch.compile fuses many
+operators before, once for all shapes; it looks at the whole length of the cache.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional as F
-from transformers import AttentionInterface, Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import Cache
 
 from qwenvl_app import process
 from qwenvl_app.engine.kv_cache import FEWEST_SLOTS, SlotCache, power_of_two
@@ -28,6 +26,10 @@ log = logging.getLogger(__name__)
 
 Step = Callable[..., torch.Tensor]
 Eager = Callable[[SlotCache, list[int], list[int], list[int]], torch.Tensor]
+Shape = tuple[int, int]  # of a call: its rows, and the columns of the cache that they look at
+
+# Columns that it is not worth to have fewer of: attention takes 1 % of a step of the 8B model then.
+_FEWEST_COLUMNS = 512
 
 
 class CompiledDecode:
@@ -58,8 +60,8 @@ class CompiledDecode:
         self._body: Step = torch.compile(body) if inductor else body
         self._eager, self._fuses = eager, inductor
         self._least = FEWEST_SLOTS if inductor else 1
-        self.graphs: dict[int, Graph] = {}  # by rows
-        self._calls: Counter[int] = Counter()  # by rows, on the cache that the graphs are bound to
+        self.graphs: dict[Shape, Graph] = {}
+        self._calls: Counter[Shape] = Counter()  # on the cache that the graphs are bound to
         self._version = -1  # of that cache
         self._compiled = False
         self.failures = 0
@@ -75,13 +77,16 @@ class CompiledDecode:
         """
         if self._fuses or not (length := cache.hold(slots, length)):
             return
-        tensors = [tensor for side in cache.first(cache.slots) for tensor in side]
+        tensors = [tensor for side in cache.first(cache.slots, cache.length) for tensor in side]
         for tensor in tensors:
             tensor.normal_()
+        lengths = [length]
+        while lengths[-1] > _FEWEST_COLUMNS:
+            lengths.append(lengths[-1] // 2)
         for rows in (2**n for n in range(power_of_two(slots).bit_length())):
-            starts = [(length // 2 + 37 * row) % length for row in range(rows)]
-            for _ in range(2):
+            for longest in 2 * lengths:
                 if self.fits(cache, rows):
+                    starts = [longest - 1 - (37 * row) % longest for row in range(rows)]
                     self(cache, list(range(rows)), starts, starts)
         for tensor in tensors:
             tensor.zero_()
@@ -95,20 +100,26 @@ class CompiledDecode:
             self._calls.clear()
             self._version = cache.version
         count, device = len(ids), cache.layout.devices[0]
-        rows = power_of_two(count, self._least)
+        rows, columns = self._shape(cache, starts)
         padding = [0] * (rows - count)
         inputs = torch.tensor([each + padding for each in (ids, positions, starts)]).to(device)
-        if graph := self.graphs.get(rows):
+        if graph := self.graphs.get((rows, columns)):
             return graph.replay(inputs)[:count]
-        self._calls[rows] += 1
+        self._calls[rows, columns] += 1
         # At the first call on a cache nobody knows yet whether it stays for longer.
-        records = _records(device) and self._calls[rows] == 2
+        records = _records(device) and self._calls[rows, columns] == 2
         if self._fuses and not records:
-            return self._run_compiled(inputs, *cache.first(rows))[:count]
+            return self._run_compiled(inputs, *cache.first(rows, columns))[:count]
         logits = self._eager(cache, ids, positions, starts)
         if records:
-            self._record(cache, inputs, logits)
+            self._record(cache, inputs, columns, logits)
         return logits
+
+    def _shape(self, cache: SlotCache, starts: list[int]) -> Shape:
+        rows = power_of_two(len(starts), self._least)
+        if self._fuses:
+            return rows, cache.length
+        return rows, min(power_of_two(max(starts) + 1, _FEWEST_COLUMNS), cache.length)
 
     def _run_compiled(
         self, inputs: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
@@ -120,17 +131,20 @@ class CompiledDecode:
             self._compiled = True
         return self._body(inputs, keys, values)
 
-    def _record(self, cache: SlotCache, inputs: torch.Tensor, expected: torch.Tensor) -> None:
+    def _record(
+        self, cache: SlotCache, inputs: torch.Tensor, columns: int, expected: torch.Tensor
+    ) -> None:
         """Make a graph of a call whose logits are ``expected``: it writes what is there already."""
-        rows, (keys, values) = inputs.shape[1], cache.first(inputs.shape[1])
+        rows = inputs.shape[1]
+        keys, values = cache.first(rows, columns)
         pool = next((graph.pool for graph in self.graphs.values()), None)
         try:
             if not expected.isfinite().all():  # which says nothing about a graph
-                self._calls[rows] -= 1
+                self._calls[rows, columns] -= 1
                 return
             self._body(inputs, keys, values)  # a recording has to find what is made but once
             graph = Graph(self._body, inputs, keys, values, pool)
-            if not _alike(graph.replay(inputs)[: len(expected)], expected):
+            if not alike(graph.replay(inputs)[: len(expected)], expected):
                 raise ValueError("its logits are not those of the model")
         except Exception as error:
             if is_out_of_memory(error):  # of no meaning for the next cache
@@ -140,10 +154,10 @@ class CompiledDecode:
             self.graphs.clear()
             log.exception("CUDA graphs are not used: QWENVL_COMPILE=off does not try")
         else:
-            self.graphs[rows] = graph
+            self.graphs[rows, columns] = graph
 
 
-def _alike(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+def alike(logits: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether both (rows, vocabulary) differ by rounding alone: a wrong row or place is off by 1.
 
     In half precision two kernels that are both right may differ by some hundredths of the size.
@@ -161,41 +175,13 @@ def _mark(inputs: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Ten
         torch._dynamo.mark_dynamic(tensor, (0, 2))
 
 
-def _attend(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **rest: Any,
-) -> tuple[torch.Tensor, None]:
-    """What ``sdpa`` is in transformers, but heads share keys and values when compiled, too.
-
-    For one query token it takes the heads that share them for as many tokens of one head; but under
-    torch.compile it copies keys and values for every head, which may be more than all weights.
-    """
-    rows, heads, width, size = query.shape
-    if width > 1:
-        result: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **rest
-        )
-        return result
-    packed = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
-    attended = F.scaled_dot_product_attention(packed, key, value, attention_mask, scale=scaling)
-    return attended.reshape(rows, 1, heads, size), None
-
-
-ATTENTION = "sdpa_packed"
-AttentionInterface.register(ATTENTION, _attend)
-
-
 class _Cells(Cache):
     """The slots of a ``SlotCache`` in one compiled call: writes one column of each."""
 
     def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], starts: torch.Tensor):
         super().__init__(layers=[])
         self._keys, self._values, self._starts = keys, values, starts
+        self._rows = torch.arange(len(starts), device=starts.device)
 
     def update(
         self,
@@ -206,9 +192,8 @@ class _Cells(Cache):
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self._keys[layer_idx], self._values[layer_idx]
-        rows = torch.arange(keys.shape[0], device=keys.device)
-        keys[rows, :, self._starts] = key_states[:, :, 0]
-        values[rows, :, self._starts] = value_states[:, :, 0]
+        keys[self._rows, :, self._starts] = key_states[:, :, 0]
+        values[self._rows, :, self._starts] = value_states[:, :, 0]
         return keys, values
 
 

@@ -9,7 +9,7 @@ from qwenvl_app.generation import CALL_MARKS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qwenvl_app.prompts import Reasoning
+    from qwenvl_app.prompts.builder import Reasoning
 
 _REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 

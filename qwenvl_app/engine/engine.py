@@ -44,7 +44,8 @@ class EngineOptions:
     kv_cache_bytes: int
     prefix_cache_bytes: int
     prefill_chunk: int  # prompt tokens a step
-    patch_bytes: tuple[int, int] = (0, 0)  # of it, for a patch: in the tower; until it is read
+    # Tokens of the KV cache that a patch takes: in the tower; until it is read.
+    patch_tokens: tuple[float, float] = (0.0, 0.0)
     compile: Mode = "off"  # see ``CompiledDecode``
 
 
@@ -56,8 +57,7 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, options: EngineOptions):
         self._options = options
-        self._runner = Runner(loaded.model, mode=options.compile)
-        token = self._runner.layout.token_bytes
+        self._runner = Runner(loaded.model, mode=options.compile, native=loaded.native)
         self._budget = self._runner.layout.tokens_in(options.kv_cache_bytes, options.slots)
         if self._budget < _LEAST_TOKENS:
             raise ModelLoadError(
@@ -70,7 +70,7 @@ class Engine:
             options.prefill_chunk,
             options.prefill_chunk * self._runner.merge**2,
             self._runner.depth,
-            (options.patch_bytes[0] / token, options.patch_bytes[1] / token),
+            options.patch_tokens,
         )
         whole = bool(self._runner.layout.states)
         self.prefixes = PrefixCache(options.prefix_cache_bytes, whole=whole)
@@ -196,23 +196,19 @@ class Engine:
         return self._scheduler.next_step()
 
     def _post_process(self, outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            sequence = outcome.sequence
+        for sequence, token, score in outcomes:
+            end: FinishReason | ServiceError | None
             try:
-                end = self._add_token(outcome)
+                if isinstance(token, ServiceError):
+                    end = token
+                else:
+                    sequence.append(token, score)
+                    end = sequence.reason_to_end(self._intake.ends)
             except Exception:
                 log.exception("post-processing failed (request %s)", sequence.request_id)
                 end = InternalError(FAILED)
             if end is not None:
                 self._end(sequence, end)
-
-    def _add_token(self, outcome: Outcome) -> FinishReason | ServiceError | None:
-        """Add a token to its sequence; how that ends, if it does."""
-        sequence = outcome.sequence
-        if isinstance(outcome.token, ServiceError):
-            return outcome.token
-        sequence.append(outcome.token, outcome.score)
-        return sequence.reason_to_end(self._intake.ends)
 
     def _end(self, sequence: Sequence, how: FinishReason | ServiceError) -> None:
         if sequence.continues and isinstance(how, FinishReason):  # before the next turn can come

@@ -88,8 +88,7 @@ class Executor:
     def prefill(self, step: Step, running: list[Sequence]) -> list[Outcome]:
         """A step's pictures and prompts: what became of each whose prompt is complete now."""
         if step.vision:
-            # What the tower takes is given back first.
-            self._fit([each.computed for each in running])
+            self.shrink(running)  # what the tower takes is given back first
             self._see(step.vision)
         widths = {id(sequence): width for sequence, width in step.prefill}
         ends = [each.computed + widths.get(id(each), 0) for each in running]

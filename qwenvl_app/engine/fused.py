@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import AttentionInterface
 from transformers.activations import GELUTanh, SiLUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextRMSNorm
@@ -101,3 +103,32 @@ def _plain(weight: torch.Tensor) -> bool:
 
 def _fits(weight: torch.Tensor) -> bool:
     return torch._C._has_mkldnn and _plain(weight) and weight.numel() >= LEAST
+
+
+def _packed_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """What ``sdpa`` is in transformers, but heads share keys and values when compiled, too.
+
+    For one query token it takes the heads that share them for as many tokens of one head; but under
+    torch.compile it copies keys and values for every head, which may be more than all weights.
+    """
+    rows, heads, width, size = query.shape
+    if width > 1:
+        result: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **rest
+        )
+        return result
+    packed = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
+    attended = F.scaled_dot_product_attention(packed, key, value, attention_mask, scale=scaling)
+    return attended.reshape(rows, 1, heads, size), None
+
+
+ATTENTION = "sdpa_packed"
+AttentionInterface.register(ATTENTION, _packed_attention)

@@ -42,7 +42,9 @@ class Intake:
         loaded, sampling = self._loaded, request.sampling
         inputs = prepare(loaded, request)
         free = self._free(inputs)
-        matcher = loaded.grammars.matcher(request.constraint, inputs.reasoning)
+        reasoning = inputs.reasoning
+        until = reasoning.open_until if reasoning else None
+        matcher = loaded.grammars.matcher(request.constraint, until)
         prefix = self._find_prefix(request, inputs)
         patcher = loaded.patcher.within(*request.pixels)
         for image, span in zip(request.images, inputs.images, strict=True):
@@ -52,7 +54,7 @@ class Intake:
         limit = min(sampling.max_new_tokens or most, most, free)
         defaults = loaded.model.generation_config
         sampler = Sampler(sampling, defaults, inputs.ids, self._runner.device, matcher)
-        detokenizer = Detokenizer(loaded.tokenizer, inputs.reasoning)
+        detokenizer = Detokenizer(loaded.tokenizer, reasoning)
         renderer = Renderer(detokenizer, sampling.stop, self._texts, self.ends)
         return Sequence(request, inputs, sampler, limit, renderer, arrived, prefix)
 

@@ -101,9 +101,15 @@ class SlotCache(Cache):
         """Those that there is memory for."""
         return self._keys[0].shape[0]
 
-    def first(self, slots: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Of each layer, keys and values of the first ``slots``, in all their length."""
-        return [keys[:slots] for keys in self._keys], [values[:slots] for values in self._values]
+    @property
+    def length(self) -> int:
+        """Tokens of a slot that there is memory for."""
+        return self._keys[0].shape[2]
+
+    def first(self, slots: int, length: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Of each layer, the first ``length`` keys and values of the first ``slots``."""
+        box = slice(slots), slice(None), slice(length)
+        return [keys[box] for keys in self._keys], [values[box] for values in self._values]
 
     def reset(self) -> None:
         """Forget all slots, also after something failed in the middle of a change."""

@@ -63,7 +63,17 @@ class Layout:
 def layout_of(text: Any) -> Layout:
     """Of ``text``, a language model. Its layers may be on several devices."""
     config = text.config
-    states = states_of(text)
+    states = tuple(
+        StateShape(
+            number,
+            (mixer.conv_dim, mixer.conv_kernel_size),
+            (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim),
+            mixer.conv1d.weight.dtype,
+            place(mixer.conv1d),
+        )
+        for number, layer in enumerate(text.layers)
+        if (mixer := getattr(layer, "linear_attn", None)) is not None
+    )
     recurrent = {state.layer for state in states}
     devices = [place(each.input_layernorm) for each in text.layers]
     return Layout(
@@ -73,20 +83,3 @@ def layout_of(text: Any) -> Layout:
         tuple(device for layer, device in enumerate(devices) if layer not in recurrent),
         states,
     )
-
-
-def states_of(text: Any) -> tuple[StateShape, ...]:
-    """Those of the recurrent layers of ``text``, a language model; none if it has none."""
-    states = []
-    for number, layer in enumerate(text.layers):
-        if (mixer := getattr(layer, "linear_attn", None)) is not None:
-            states.append(
-                StateShape(
-                    number,
-                    (mixer.conv_dim, mixer.conv_kernel_size),
-                    (mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim),
-                    mixer.conv1d.weight.dtype,
-                    place(mixer.conv1d),
-                )
-            )
-    return tuple(states)

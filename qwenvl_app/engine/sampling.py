@@ -16,10 +16,10 @@ import torch
 from transformers import GenerationConfig
 
 from qwenvl_app.engine.drawing import NO_TOKEN, SORTED, TOO_NARROW, Rng, Rules, View, draw
-from qwenvl_app.engine.grammar import Matcher, penalties
 from qwenvl_app.engine.processors import LAST, PENALTIES, WARPERS, processors
 from qwenvl_app.errors import ServiceError
 from qwenvl_app.generation import SamplingParams
+from qwenvl_app.grammar.grammars import Matcher, penalties
 
 # What ``generate`` takes where neither the caller nor the checkpoint says anything
 # (GenerationConfig._get_default_generation_params).

@@ -7,12 +7,12 @@ So that what is wrong with it is said in a sentence and not in a traceback. The 
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qwenvl_app import hub
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading import weights
 from qwenvl_app.loading.files import (
@@ -24,13 +24,10 @@ from qwenvl_app.loading.files import (
     readable,
     refuse_pointer,
 )
-from qwenvl_app.loading.hub import Hub
 
 DEMO = Path(__file__).resolve().parent.parent / "demo_model"
 # The families whose parts the engine knows, see ``engine/vision.py`` and ``engine/model.py``.
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe")
-# Of ModelScope, or of Hugging Face after hf: with a revision perhaps.
-_HUB_ID = re.compile(r"(hf:)?([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(\w[\w.-]*))?")
 _DTYPES = ("float32", "bfloat16", "float16")
 # What transformers can't do without for quantised weights, and how pip calls it: docs/models.md.
 _PACKAGES = {
@@ -44,10 +41,6 @@ _PACKAGES = {
 _TEMPLATES = (PROCESSOR, "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 
 
-class NotDownloaded(ModelLoadError):
-    """What an id stands for is not here yet, or not all of it."""
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """One that is whole, as far as its files' headers say."""
@@ -55,12 +48,6 @@ class Checkpoint:
     directory: Path
     config: dict[str, Any]  # config.json
     chat_template: str = ""
-
-    @property
-    def text(self) -> dict[str, Any]:
-        """The language model's part of ``config``; Qwen2.5-VL was published with all in one."""
-        text: dict[str, Any] = self.config.get("text_config", self.config)
-        return text
 
     @property
     def quantised(self) -> str | None:
@@ -74,8 +61,7 @@ def find(
 ) -> Checkpoint:
     """The checkpoint of ``demo``, a directory, or a hub's id, ``@`` a revision perhaps.
 
-    Raises ModelLoadError for one that is not whole, NotDownloaded for an id of which not all is
-    here if not to ``download``. ``say`` is told how far a download is.
+    Raises ModelLoadError for one that is not whole; see ``hub.locate`` too.
     """
     directory = _locate(name, download, say)
     with readable("the model directory"):
@@ -113,31 +99,14 @@ def _locate(name: str, download: bool, say: Callable[[str], None]) -> Path:
             return path
         if path.exists():
             raise ModelLoadError("QWENVL_MODEL is a file; it must be a checkpoint's directory")
-    if not (match := _HUB_ID.fullmatch(name)):
-        if name.startswith("hf:"):
-            raise ModelLoadError(
-                "what QWENVL_MODEL has after hf: is no name on Hugging Face; such are "
-                "hf:Qwen/Qwen3-VL-8B-Instruct, and after an @ a revision perhaps"
-            )
-        raise ModelLoadError("the directory that QWENVL_MODEL names does not exist")
-    hub, model = _hub(match[1]), match[2]
-    revision = match[3] or hub.default_revision
-    if directory := hub.cached(model, revision):
-        return directory
-    if not download:
-        raise NotDownloaded(f"{name} is not in {hub.title}'s cache yet, or not all of it")
-    return hub.download(model, revision, say)
-
-
-def _hub(prefix: str | None) -> Hub:
-    """Only now imported: it takes time, and nothing else here talks to a network."""
-    if prefix:
-        from qwenvl_app.loading.huggingface import HuggingFace
-
-        return HuggingFace()
-    from qwenvl_app.loading.modelscope import ModelScope
-
-    return ModelScope()
+    if found := hub.locate(name, download=download, say=say):
+        return found
+    if name.startswith("hf:"):
+        raise ModelLoadError(
+            "what QWENVL_MODEL has after hf: is no name on Hugging Face; such are "
+            "hf:Qwen/Qwen3-VL-8B-Instruct, and after an @ a revision perhaps"
+        )
+    raise ModelLoadError("the directory that QWENVL_MODEL names does not exist")
 
 
 def _check_config(checkpoint: Checkpoint) -> None:
@@ -149,7 +118,7 @@ def _check_config(checkpoint: Checkpoint) -> None:
         )
     parts = {name: config.get(name) for name in ("text_config", "vision_config")}
     if model_type == "qwen2_5_vl" and "text_config" not in config:
-        parts["text_config"] = checkpoint.text
+        parts["text_config"] = config  # it was published with all in one
     for name, part in parts.items():
         if not isinstance(part, dict):
             raise ModelLoadError(

@@ -58,13 +58,17 @@ def estimate(checkpoint: Checkpoint, settings: Settings) -> footprint.Footprint:
         ) from None
 
 
-def before_loading(checkpoint: Checkpoint, settings: Settings) -> plan.MemoryPlan:
-    """The plan for what is free now; it is logged. Raises ModelLoadError if it can't work."""
+def memory(settings: Settings) -> plan.Memory:
+    """What is free now on the devices that the model goes to."""
     host, found = free_memory(torch.device("cpu")), gpus(settings.device)
     free = [free_memory(gpu) for gpu in found] or [host]
-    spare = host if settings.device == "auto" else 0
-    memory = plan.Memory(free, cpu=not found, host=spare)
-    return _told(plan.make(estimate(checkpoint, settings), settings, memory))
+    spare = host if found and settings.device == "auto" else 0
+    return plan.Memory(free, cpu=not found, host=spare)
+
+
+def before_loading(checkpoint: Checkpoint, settings: Settings) -> plan.MemoryPlan:
+    """The plan for what is free now; it is logged. Raises ModelLoadError if it can't work."""
+    return _told(plan.make(estimate(checkpoint, settings), settings, memory(settings)))
 
 
 def after_loading(
@@ -77,9 +81,16 @@ def after_loading(
     need, shares = measuring.measure(loaded, made.need, made.settings.prefill_chunk)
     gc.collect()
     torch.cuda.empty_cache()
-    memory = plan.Memory([free_memory(gpu) for gpu in shares], False, shares=[*shares.values()])
-    left = _told(plan.make(need, made.settings, memory))
+    free = [free_memory(gpu) for gpu in shares]
+    there = plan.Memory(free, cpu=False, shares=[*shares.values()])
+    left = _told(plan.make(need, made.settings, there))
     return dataclasses.replace(left, offloaded=made.offloaded)
+
+
+def spare(made: plan.MemoryPlan) -> int:
+    """Bytes of the machine's memory, now that the weights are there, that no request will want."""
+    wanted = 0 if gpus(made.settings.device) else max(made.work, made.room + made.prefix_cache)
+    return max(0, free_memory(torch.device("cpu")) - wanted)
 
 
 def _told(made: plan.MemoryPlan) -> plan.MemoryPlan:

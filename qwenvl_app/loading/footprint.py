@@ -1,13 +1,14 @@
 """What a checkpoint will take of memory, estimated from its configuration: nothing is loaded.
 
 It decides whether the model can work at all, and is right within a fifth. Weights and what a token
-keeps are those of the model on torch's device "meta"; what a patch of a picture and a token of a
-prefill take for a moment is a sum of what is alive in their widest layer. On a GPU ``measuring.py``
-puts what was measured in the place of these sums.
+keeps are those of the model on torch's device "meta"; what a patch of a picture takes for a moment
+is a sum of what is alive in its widest layer. A prompt's chunk is not estimated, it takes 1 % of
+the weights. On a GPU ``measuring.py`` puts what was measured in the place of these sums.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +21,6 @@ from qwenvl_app.loading.checkpoint import Checkpoint
 from qwenvl_app.loading.processing import image_processor
 from qwenvl_app.loading.weights import weight_files
 
-# Tables of a vocabulary and its merges, in Rust and in Python, and what reading them leaves behind
-# take so many times the bytes of tokenizer.json. Measured with the published one, 11 MB.
-_TOKENIZER = 12
-
 
 @dataclass(frozen=True)
 class Footprint:
@@ -34,11 +31,9 @@ class Footprint:
     quantised: str | None  # how, if it is
     weights: int  # as they lie in memory
     layer: int  # of them, the largest part that goes to one device as a whole
-    tokenizer: int
     kv_token: int  # of the KV cache, a token
     token: int  # the same while it is attended to, and while the cache grows
     state: int  # a request: what layers keep that have no keys and values
-    chunk_token: int  # of a prompt, a token of one step
     max_length: int  # tokens
     pixels: int  # of the largest picture, as the model gets it
     patches: int  # the same, how many
@@ -46,6 +41,7 @@ class Footprint:
     tower: int  # the same, at most at once in the vision tower, with its features
     features: int  # the same, from there until it is prefilled
     eager: bool = False  # attention without a fused kernel, whose memory is a square
+    chunk_token: int = 0  # of a prompt, a token of one step: only measured
 
     def at(self, pixels: float) -> Footprint:
         """The same, where the largest picture has so many."""
@@ -79,19 +75,20 @@ def estimate(
     heads = 2 * text.num_attention_heads + layout.heads  # of keys and values; of keys, to grow
     least, largest = pixel_limits(image_processor(directory))
     pixels = int(max(least, min(max_pixels, largest)))
+    back = ("compressed-tensors", *["fp8"] * expands_fp8)
+    weights, layer = _weights(checkpoint, model, back, packed=cpu and size == 4)
     return Footprint(
+        parameters=sum(each.numel() for each in model.parameters()),
         dtype=str(kind).removeprefix("torch."),
         quantised=checkpoint.quantised,
-        **_weights(checkpoint, model, packed=cpu and size == 4, expands_fp8=expands_fp8),
-        tokenizer=_TOKENIZER * sum(f.stat().st_size for f in directory.glob("tokenizer.json")),
+        weights=weights,
+        layer=layer,
         kv_token=layout.token_bytes,
         token=layout.token_bytes + heads * layout.head_dim * size,
         state=layout.bytes(0, 1),
-        chunk_token=_chunk_token(text, size),
         max_length=text.max_position_embeddings,
         pixels=pixels,
         **_picture(vision, pixels, text.hidden_size * size, size, cpu=cpu, eager=eager),
-        eager=eager,
     )
 
 
@@ -103,39 +100,29 @@ def _empty_model(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _weights(
-    checkpoint: Checkpoint, model: Any, *, packed: bool, expands_fp8: bool
-) -> dict[str, int]:
-    """How many, what they take, and the largest part that goes to one device as a whole.
+    checkpoint: Checkpoint, model: Any, back: Collection[str], *, packed: bool
+) -> tuple[int, int]:
+    """What all take, and the largest part that goes to one device as a whole.
 
     ``model`` is what they become as they are loaded, but for those that stay quantised: they take
-    what their files do. ``packed``: see ``engine/fused.py``.
+    what their files do. ``back``: methods of which none stays so. ``packed``: see engine/fused.py.
     """
-    directory, head = checkpoint.directory, model.lm_head
-    weights = _bytes(model)
-    layer = max(map(_bytes, [head, *model.model.language_model.layers]))
-    if checkpoint.quantised not in (None, "compressed-tensors", *["fp8"] * expands_fp8):
+    text, head = model.model.language_model, model.lm_head
+    weights, *parts = (
+        sum(each.nbytes for each in module.parameters()) for module in (model, head, *text.layers)
+    )
+    if checkpoint.quantised not in (None, *back):
+        directory = checkpoint.directory
         stored = sum((directory / file).stat().st_size for file in weight_files(directory))
-        weights, layer = stored, layer * stored // weights
-    elif packed and head.weight is model.get_input_embeddings().weight:
-        weights += _bytes(head)  # it is laid out anew, and the embedding stays
-    parameters = sum(each.numel() for each in model.parameters())
-    return {"parameters": parameters, "weights": weights, "layer": layer}
-
-
-def _bytes(module: Any) -> int:
-    return sum(each.nbytes for each in module.parameters())
-
-
-def _chunk_token(text: Any, size: int) -> int:
-    """Hidden states, queries and the MLP's three products; of a mixture, those of its experts."""
-    experts = getattr(text, "num_experts_per_tok", 0) * getattr(text, "moe_intermediate_size", 0)
-    inner = max(getattr(text, "intermediate_size", 0), experts)
-    return int((3 * inner + 8 * text.hidden_size) * size)
+        return stored, max(parts) * stored // weights
+    # A head that is the embedding too is laid out anew, and the embedding stays.
+    twice = packed and head.weight is text.embed_tokens.weight
+    return weights + twice * parts[0], max(parts)
 
 
 def _picture(
     vision: Any, pixels: int, token: int, size: int, *, cpu: bool, eager: bool
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Of a picture of so many pixels; ``token``: bytes of its hidden state, ``size``: of a number.
 
     In the tower a patch has the residual, its norm, learned positions, queries, keys and values,
@@ -152,4 +139,5 @@ def _picture(
         "picture_tokens": patches // merge,
         "tower": patches * (patch + patches * square),
         "features": patches * features,
+        "eager": eager,
     }

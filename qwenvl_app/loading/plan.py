@@ -16,11 +16,10 @@ GIB, MIB = 2**30, 2**20
 # A pixel of a picture takes four bytes, and four times that for a moment if it is WebP.
 # And of what it is resized to: itself, an array of it, and floats; these until it is encoded.
 DECODING, DECODED, RESIZED, FLOATS = 16, 4, 19, 12
-# Code and tables that are only touched once the model runs: measured with the embedded model.
-LIBRARIES = 40 * MIB
 _PROMPT = 1000  # tokens beside the picture: a page of text
-# Left alone: workspaces, fragments, kernels that CUDA loads late. A machine has other users too.
-_GPU_MARGIN, _CPU_MARGIN, _CPU_SHARE = 512 * MIB, 256 * MIB, 0.1
+# Left alone: workspaces, fragments, kernels that CUDA loads late. On a CPU the tokenizer's tables
+# (up to 130 MiB), and code that is only touched once the model runs; a machine has other users too.
+_GPU_MARGIN, _CPU_MARGIN, _CPU_SHARE = 512 * MIB, 320 * MIB, 0.1
 _NO_ROOM = "the largest allowed picture does not fit beside the weights"
 
 
@@ -45,6 +44,8 @@ class MemoryPlan:
     need: Footprint
     settings: Settings
     memory: Memory
+    shared: bool  # memory of tower and KV cache
+    largest: int  # tokens of the largest request
     prefix_cache: int = 0  # for pictures that were asked about before
     room: int = 0  # for the KV cache, and for the tower if that shares it
     tokens: int = 0  # in the KV cache
@@ -52,6 +53,7 @@ class MemoryPlan:
     offloaded: int = 0  # weights that stay in the machine's memory and are fetched in every step
     problem: str | None = None
     tight: str | None = None
+    advice: str = ""  # what would fit
 
     @property
     def free(self) -> int:
@@ -59,37 +61,16 @@ class MemoryPlan:
         return sum(self.memory.free)
 
     @property
-    def shared(self) -> bool:
-        """Whether tower and KV cache do. A compiled step's does not shrink with what lives."""
-        own = self.settings.compile == "on" or self.settings.kv_cache_mb
-        return len(self.memory.free) == 1 and not own
-
-    @property
-    def largest(self) -> int:
-        """Tokens of the largest request."""
-        prompt = min(_PROMPT, self.settings.max_prompt_chars)
-        tokens = self.need.picture_tokens + prompt + self.settings.max_new_tokens
-        return min(tokens, self.need.max_length)
-
-    @property
-    def fixed(self) -> int:
-        """What a step takes whatever is in it, and recurrent layers for every slot."""
-        slots, chunk = self.settings.max_concurrency, self.settings.prefill_chunk
-        return slots * self.need.state + chunk * self.need.chunk_token
-
-    @property
     def kv_cache(self) -> int:
         """With what recurrent layers keep of every slot."""
         return self.tokens * self.need.kv_token + self.settings.max_concurrency * self.need.state
 
     @property
-    def patch(self) -> tuple[int, int]:
-        """What a patch takes of ``kv_cache``: in the tower, and from there until it is read."""
+    def patch(self) -> tuple[float, float]:
+        """What a patch takes of ``tokens``: in the tower, and from there until it is read."""
         need = self.need
-        if not self.shared:
-            return 0, 0
-        rate = need.kv_token / need.token / max(1, need.patches)
-        return int(rate * (need.tower - need.features) + 1), int(rate * need.features + 1)
+        rate = self.shared / need.token / max(1, need.patches)
+        return rate * (need.tower - need.features), rate * need.features
 
     @property
     def together(self) -> int:
@@ -113,7 +94,7 @@ class MemoryPlan:
         encoding = held + slots * FLOATS * need.pixels + need.tower
         tokens = min(slots * self.largest, self.tokens) * need.token
         kept = min(self.prefix_cache, slots * need.picture_tokens * need.kv_token)
-        return int(max(slots * self.picture, encoding, held + self.fixed + tokens + kept))
+        return int(max(slots * self.picture, encoding, held + slots * need.state + tokens + kept))
 
     def __str__(self) -> str:
         need = self.need
@@ -127,7 +108,7 @@ class MemoryPlan:
         if self.offloaded:
             text += f"; {gib(self.offloaded)} of the weights stay outside, and every step is slower"
         if self.problem or self.tight:
-            return f"{text}; {self.problem or self.tight}"
+            return f"{text}; {self.problem or self.tight}{self.advice}"
         if self.together < self.settings.max_concurrency:
             text += f"; of the largest requests {self.together} at a time, which is no error"
         return text
@@ -143,12 +124,7 @@ def make(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
         half = need.dtype == "float32" and not (need.quantised or memory.shares)
         advice += ["QWENVL_DTYPE=bfloat16"] * half
         advice += ["a quantised or a smaller checkpoint", "more memory"]
-    would_fit = f"; what would fit: {', or '.join(advice)}" if advice else ""
-    return replace(
-        plan,
-        problem=plan.problem and plan.problem + would_fit,
-        tight=plan.tight and plan.tight + would_fit,
-    )
+    return replace(plan, advice=f"; what would fit: {', or '.join(advice)}" if advice else "")
 
 
 def gib(size: float) -> str:
@@ -182,13 +158,17 @@ def _smaller(megapixels: float) -> Iterator[float]:
 
 
 def _divide(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
-    plan, slots = MemoryPlan(need, settings, memory), settings.max_concurrency
+    slots, answered = settings.max_concurrency, need.picture_tokens + settings.max_new_tokens
+    # A compiled step's cache does not shrink with what lives.
+    shared = len(memory.free) == 1 and settings.compile != "on" and not settings.kv_cache_mb
+    largest = min(answered + min(_PROMPT, settings.max_prompt_chars), need.max_length)
+    plan = MemoryPlan(need, settings, memory, shared, largest)
     pictures = plan.picture * memory.cpu
     # The tower's own memory: one picture is in it, while another is prefilled.
-    beside = 0 if plan.shared else need.tower + need.features * (slots > 1)
+    beside = 0 if shared else need.tower + need.features * (slots > 1)
     asked = max(0, settings.kv_cache_mb * MIB - slots * need.state) // need.kv_token
-    tokens = (asked or plan.largest) * need.token
-    least = max(need.tower, tokens + need.features) if plan.shared else beside + tokens
+    tokens = (asked or largest) * need.token
+    least = max(need.tower, tokens + need.features) if shared else beside + tokens
     plan, spare = _spare(plan, least, beside)
     if spare < least + pictures:
         own = "QWENVL_KV_CACHE_MB does not fit beside the weights"
@@ -200,11 +180,10 @@ def _divide(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
     room, tight = spare - prefix_cache - slots * pictures, None
     if room < least:
         tight = "the largest picture in every slot at once does not fit"
-    if asked and asked < plan.largest:
+    if 0 < asked < largest:
         tight = "QWENVL_KV_CACHE_MB is too small for the largest request: it is refused"
     # No more than every slot could use, whatever is asked.
-    prompt = need.picture_tokens + settings.max_prompt_chars + settings.max_new_tokens
-    each = min(need.max_length, prompt) * need.token + need.features
+    each = min(need.max_length, answered + settings.max_prompt_chars) * need.token + need.features
     room = min(max(room, least), slots * each + need.tower) - beside
     tokens = asked or room // need.token
     return replace(plan, prefix_cache=prefix_cache, room=room, tokens=tokens, tight=tight)
@@ -215,8 +194,11 @@ def _spare(plan: MemoryPlan, least: int, beside: int) -> tuple[MemoryPlan, int]:
     need, memory, devices = plan.need, plan.memory, len(plan.memory.free)
     margin = _GPU_MARGIN
     if memory.cpu:
-        margin = max(_CPU_MARGIN, int(_CPU_SHARE * memory.free[0])) + LIBRARIES + need.tokenizer
-    usable = [size - margin - plan.fixed for size in memory.free]
+        margin = max(_CPU_MARGIN, int(_CPU_SHARE * memory.free[0]))
+    # What a step takes whatever is in it, and recurrent layers for every slot.
+    settings = plan.settings
+    margin += settings.max_concurrency * need.state + settings.prefill_chunk * need.chunk_token
+    usable = [size - margin for size in memory.free]
     if memory.shares:  # each layer's keys lie beside its weights
         sizes = zip([usable[0] - beside, *usable[1:]], memory.shares, strict=True)
         return plan, beside + int(min(size / share for size, share in sizes if share))

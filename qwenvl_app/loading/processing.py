@@ -15,7 +15,7 @@ from qwenvl_app.engine.pixels import Patcher, pixel_limits
 from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading.checkpoint import Checkpoint
 from qwenvl_app.loading.files import image_settings
-from qwenvl_app.prompts import IMAGE_PAD, PromptBuilder
+from qwenvl_app.prompts.builder import IMAGE_PAD, PromptBuilder
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,8 @@ real architecture's layout and random weights; on a GPU its real width too.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from qwenvl_app.engine.fused import fuse
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.loading.load import load
 from tests import real_shape
@@ -88,6 +91,14 @@ def half(directory: Path, device: torch.device) -> LoadedModel:
 def exact(directory: Path, device: torch.device) -> LoadedModel:
     """The same weights in float32."""
     return greedy(load(str(directory), device=device.type, dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def fused(exact: LoadedModel) -> LoadedModel:
+    """``exact`` as the service has it."""
+    model = copy.deepcopy(exact.model)
+    fuse(model)
+    return dataclasses.replace(exact, model=model)
 
 
 def greedy(loaded: LoadedModel) -> LoadedModel:

@@ -145,7 +145,8 @@ class Recorded:
         self._run()
         if more := gpus.waits - before:
             raise RuntimeError(f"operation not permitted when stream is capturing: {more}")
-        gpus.recorded.append(len(tensors[0][0]))
+        rows, _, columns, _ = tensors[1][0].shape
+        gpus.recorded.append((rows, columns))
 
     def _run(self) -> torch.Tensor:
         return self._body(*self._tensors)
@@ -161,13 +162,14 @@ class Gpus(TorchDispatchMode):
 
     ``waits`` counts, by what and where, whatever makes the host wait for a GPU: looks at numbers,
     and copies from and to memory that is not pinned. ``allocated`` and ``peak`` are in bytes, of
-    all GPUs together; more than ``total`` there is not. ``recorded``: of each CUDA graph its rows.
+    all GPUs together; more than ``total`` there is not. ``recorded``: of each CUDA graph its
+    rows and the columns that they look at.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
-        self.recorded: list[int] = []
+        self.recorded: list[tuple[int, int]] = []
         self.replays = 0
         self.allocated = self.peak = 0
         self.total = 2**40

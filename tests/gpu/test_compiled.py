@@ -17,11 +17,13 @@ NO_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile 
 
 @pytest.mark.slow  # on a CPU; on a GPU `make test-gpu` runs it
 @pytest.mark.parametrize("mode", ["auto", pytest.param("on", marks=NO_COMPILER)])
-def test_every_token_also_after_a_step_that_failed(exact, device, mode, monkeypatch, tell: Tell):
+def test_every_token_also_after_a_step_that_failed(
+    exact, fused, device, mode, monkeypatch, tell: Tell
+):
     """After a failing step the cache is at other addresses: no graph of before may be replayed."""
     asked = requests(11, 8)
     solos = [generate(exact, each) for each in asked]
-    with running(exact, compile=mode) as engine:
+    with running(fused, compile=mode) as engine:
         for last in (False, True):
             sequences = [engine.submit(each) for each in asked]
             for sequence in sequences:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from tests import families
-from tests.engines import generate, judge, random_request
+from tests.engines import generate, judge, random_request, request
 from tests.engines import running as cpu_running
 from tests.gpu.pretend import Recorded
 from tests.gpu.test_pretended import answered, moved, running
@@ -27,15 +29,37 @@ def asked(count: int = 8):
 def test_steps_of_the_usual_rows_are_recorded_before_the_first_request(wild, gpus):
     with running(gpus, moved(wild, gpus), compile="auto") as engine:
         first = answered(engine, asked(1))
-        assert gpus.recorded == [1, 2, 4]
+        usual = [(rows, columns) for rows in (1, 2, 4) for columns in (2048, 1024, 512)]
+        assert gpus.recorded == usual
         assert engine._executor.cache.slots == 4
         before = gpus.replays
         sequences = first + answered(engine, asked())
-        assert gpus.recorded == [1, 2, 4]  # the cache has stayed where it was
+        assert gpus.recorded == usual  # the cache has stayed where it was
         assert gpus.replays > before + 10
     judge(
         [(s, generate(wild, each)) for s, each in zip(sequences, asked(1) + asked(), strict=True)]
     )
+
+
+def test_a_graph_looks_at_what_is_in_use_and_no_further(wild, gpus):
+    """An answer that passes 512 tokens is begun with one graph and ended with another."""
+    long = request(
+        Image.new("RGB", (64, 64), "red"), "图" * 480, max_new_tokens=40, ignore_eos=True
+    )
+    with running(gpus, moved(wild, gpus), compile="auto") as engine:
+        answered(engine, asked(1))
+        compiled = engine._runner.compiled
+        used = []
+        for columns in (512, 1024, 2048):
+            graph = compiled.graphs[1, columns]
+            compiled.graphs[1, columns] = SimpleNamespace(
+                replay=lambda inputs, graph=graph, columns=columns: (
+                    used.append(columns) or graph.replay(inputs)
+                )
+            )
+        sequence = answered(engine, [long])[0]
+        assert list(dict.fromkeys(used)) == [512, 1024]
+    judge([(sequence, generate(wild, long))])
 
 
 def test_where_the_cache_moves_steps_are_recorded_again(wild, gpus):

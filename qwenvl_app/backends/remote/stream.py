@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from qwenvl_app.backends.failures import broken, in_stream
+from qwenvl_app.backends.remote.failures import broken, in_stream
 from qwenvl_app.generation import CALL_MARKS, Delta, FinishReason, TokenLogprob, Usage
 
 Json = dict[str, Any]

@@ -29,8 +29,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from qwenvl_app import process
-from qwenvl_app.loading.hub import RECORD, Hub, Trouble
-from qwenvl_app.loading.listing import File, Listing, length
+from qwenvl_app.hub.base import RECORD, Hub, Trouble
+from qwenvl_app.hub.listing import File, Listing, length
 
 _TRIES = 5  # without a byte in between; the client's own number
 _TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})

@@ -1,4 +1,4 @@
-"""Whether a grammar can be compiled at all, in a process of its own: ``python grammar_check.py``.
+"""Whether a grammar can be compiled at all, in a process of its own: ``python check.py``.
 
 The library bounds much of its work, but not all: whether 20 regular expressions have a string in
 common takes it as long as it takes. So a grammar is tried here first, where the kernel ends what

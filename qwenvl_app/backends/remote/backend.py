@@ -6,11 +6,11 @@ import threading
 import time
 
 from qwenvl_app.backends import require_ready
-from qwenvl_app.backends.alarm import Alarm
-from qwenvl_app.backends.openai_request import body_of
-from qwenvl_app.backends.remote_generation import RemoteGeneration
-from qwenvl_app.backends.retries import RetryBudget
-from qwenvl_app.backends.upstreams import Upstreams
+from qwenvl_app.backends.remote.alarm import Alarm
+from qwenvl_app.backends.remote.generation import RemoteGeneration
+from qwenvl_app.backends.remote.request import body_of
+from qwenvl_app.backends.remote.retries import RetryBudget
+from qwenvl_app.backends.remote.upstreams import Upstreams
 from qwenvl_app.errors import Unavailable
 from qwenvl_app.generation import BackendStats, GenerationRequest, Status
 from qwenvl_app.settings import Settings
@@ -58,7 +58,7 @@ class RemoteBackend:
         body = body_of(request, settings.remote_model, settings.max_new_tokens)
         self.budget.earn()
         ends = request.deadline or began + settings.request_timeout_s
-        return RemoteGeneration(self, body, request.request_id, began, ends)
+        return RemoteGeneration(self, request, body, began, ends)
 
     def close(self) -> None:
         """See ``backends.Backend``."""

@@ -17,10 +17,10 @@ from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from qwenvl_app.chat_encoder import ChatEncoder
 from qwenvl_app.errors import BadRequest
 from qwenvl_app.generation import Message, ToolCall
-from qwenvl_app.template_probes import PICTURE, TEXT, keeps_order, takes_tools
+from qwenvl_app.prompts.chat_encoder import ChatEncoder
+from qwenvl_app.prompts.template_probes import PICTURE, TEXT, keeps_order, takes_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +67,11 @@ class Reasoning:
     begin: int
     end: int
     begun: bool
+
+    @property
+    def open_until(self) -> int | None:
+        """The token that ends the reasoning within which the answer begins; None if it does not."""
+        return self.end if self.begun else None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from qwenvl_app.errors import ModelLoadError
-from qwenvl_app.loading.listing import File, Listing, Progress, size_text
+from qwenvl_app.hub.listing import File, Listing, Progress, size_text
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from qwenvl_app.engine.schema_bounds import LIMITS, check_grammar, checked_schema, refusal
 from qwenvl_app.errors import BadSchema
 from qwenvl_app.generation import CALL_MARKS
-from qwenvl_app.prompts import Reasoning
+from qwenvl_app.grammar.bounds import LIMITS, check_grammar, checked_schema, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,18 +129,16 @@ class Grammars:
         self._vocabulary = LLTokenizer(TokenizerWrapper(words), eos_token=self._ends)
         self._compiled = lru_cache(_KEPT)(self._compile)
 
-    def matcher(self, constraint: Constraint | None, reasoning: Reasoning | None) -> Matcher | None:
+    def matcher(self, constraint: Constraint | None, until: int | None) -> Matcher | None:
         """For one sequence. Raises BadSchema, which names the keyword that can't be done.
 
-        The grammar begins after the reasoning if the prompt has opened it, else at once.
+        ``until``: the token that ends the reasoning, if the prompt has opened it.
         """
         if constraint is None:
             return None
-        reasons = reasoning is not None and reasoning.begun
-        compiled = self._compiled(self._grammar(constraint, blank=reasons))
+        compiled = self._compiled(self._grammar(constraint, blank=until is not None))
         if isinstance(compiled, str):
             raise refusal(compiled)
-        until = reasoning.end if reasoning and reasons else None
         return Matcher(compiled.deep_copy(), self._ends, until, self._width)
 
     def _grammar(self, constraint: Constraint, *, blank: bool) -> str:

@@ -17,8 +17,8 @@ from modelscope_hub import HubApi, HubConfig, ProgressCallback, errors
 
 from qwenvl_app import process
 from qwenvl_app.errors import ModelLoadError
-from qwenvl_app.loading.hub import Hub, Trouble
-from qwenvl_app.loading.listing import File, Listing
+from qwenvl_app.hub.base import Hub, Trouble
+from qwenvl_app.hub.listing import File, Listing
 
 _LONGEST_S = 7 * 86_400
 _TROUBLES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Trouble], ...] = (
