@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,19 @@ def chain(server: Server, **options: Any) -> ChatOpenAI:
     return ChatOpenAI(base_url=f"{server.url}/v1", api_key="none", model="demo", **asked)
 
 
+def later(server: Server, ask: Callable[[ChatOpenAI], Awaitable[Any]]) -> Any:
+    """What ``ask`` gets on a loop of its own.
+
+    LangChain keeps its client of asyncio for good, with connections of a loop that has ended.
+    """
+
+    async def asked() -> Any:
+        async with openai.DefaultAsyncHttpxClient() as client:
+            return await ask(chain(server, http_async_client=client))
+
+    return asyncio.run(asked())
+
+
 def test_langchain_answers(server: Server):
     """In both its forms of a picture, and however much longer its answer might be."""
     for part in (OPENAIS, OWN):
@@ -60,10 +73,10 @@ def test_langchain_streams(server: Server):
         whole += piece
     assert (whole.content, whole.usage_metadata["output_tokens"]) == ("circle", 2)
 
-    async def later() -> str:
+    async def pieced(model: ChatOpenAI) -> str:
         return "".join([str(piece.content) async for piece in model.astream(asked)])
 
-    assert asyncio.run(later()) == "circle"
+    assert later(server, pieced) == "circle"
 
 
 def test_langchain_goes_on_with_a_conversation(server: Server):
@@ -105,7 +118,8 @@ def test_langchain_calls_tools(server: Server):
     bound = chain(server).bind_tools([count], **ONE)
     pieces = list(bound.stream(asked))
     assert len([piece for piece in pieces if piece.tool_call_chunks]) > 3
-    answers = [bound.invoke(asked), summed(iter(pieces)), asyncio.run(bound.ainvoke(asked))]
+    called = later(server, lambda model: model.bind_tools([count], **ONE).ainvoke(asked))
+    answers = [bound.invoke(asked), summed(iter(pieces)), called]
     for answer in answers:
         (call,) = answer.tool_calls
         assert call["name"] == "count"
