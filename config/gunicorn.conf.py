@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import gc
 import importlib.util
 import os
 import signal
@@ -61,6 +62,15 @@ logconfig_dict = logs.config(_settings.log_format)
 _NOTIFY, _PUT_AWAY = "NOTIFY_SOCKET", "WORKER_NOTIFY_SOCKET"
 if _NOTIFY in os.environ:
     os.environ[_PUT_AWAY] = os.environ.pop(_NOTIFY)
+
+
+def pre_fork(server, worker):
+    """As Python's documentation has it for gc.freeze: what is there now stays, in both processes.
+
+    Else each looks through all of it in every full collection, and once more before it ends, which
+    was a third of the processor time of a start and a stop without a model.
+    """
+    gc.freeze()
 
 
 def post_worker_init(worker):
