@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qwenvl_app.settings import Settings
+from tests.commands import invoke
 from tests.wire import ROUTE, post, send
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +125,7 @@ def test_doctor_on_this_machine():
 
 
 def test_doctor_fails_if_the_service_would(tmp_path: Path):
-    done = flask("doctor", "--bind", "127.0.0.1:0", QWENVL_MODEL=str(tmp_path))
+    done = invoke("doctor", "--bind", "127.0.0.1:0", QWENVL_MODEL=str(tmp_path))
     assert done.returncode == 1
     assert "FAIL  model: the model directory is empty" in done.stdout
 

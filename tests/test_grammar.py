@@ -87,11 +87,12 @@ def fits(text: str, schema: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
+    ("seed", "count"),
+    [(0, 8), *(pytest.param(seed, 20, marks=pytest.mark.slow) for seed in range(10))],
 )
-def test_every_answer_is_json_of_its_schema(engine, seed):
+def test_every_answer_is_json_of_its_schema(engine, seed, count):
     """200 schemas in all, four answers at once. One that was cut says nothing; there are few."""
-    made = schemas(seed, 20)
+    made = schemas(seed, count)
     answers = []
     for number, schema in enumerate(made):
         sequence = engine.submit(asked(Constraint("json", schema), seed=number))
