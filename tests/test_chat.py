@@ -170,8 +170,9 @@ def test_the_first_piece_comes_at_once_with_what_begins_the_stream(client):
     assert words["choices"][0]["delta"]["content"]
 
 
-def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: ScriptedBackend):
+def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: ScriptedBackend, caplog):
     """A generator that never ran has no finally: the close of the response releases."""
+    caplog.set_level(logging.INFO)
     response = app.test_client().post(ROUTE, json=hello(stream=True), buffered=False)
     admission = app.extensions["qwenvl"]["admission"]
     assert admission.free == admission.permits - 1
@@ -179,6 +180,8 @@ def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: Scripted
     response.close()
     assert admission.free == admission.permits
     assert backend.generations[0].cancelled
+    (line,) = (record for record in caplog.records if record.name == "qwenvl_app.access")
+    assert line.fields["reason"] == "client_gone"
 
 
 def test_models(client):

@@ -85,7 +85,7 @@ def test_clients_that_do_not_read_hold_their_streams_and_nothing_else(wordy: Ser
     """Each held a thread and a permit, so that four of them kept everybody else out."""
     whole = "".join(f"{number:1000}" for number in range(PIECES))
     assert read(wordy) == whole
-    handles, threads = wordy.taken()
+    handles, threads = wordy.taken()  # it may have the connection that has just been closed
     before = memory(wordy)
     with contextlib.ExitStack() as stack:
         began = time.monotonic()
@@ -100,7 +100,7 @@ def test_clients_that_do_not_read_hold_their_streams_and_nothing_else(wordy: Ser
             == 200
         )
         assert time.monotonic() - began < TIMEOUT_S, "too slow to tell anything"
-        assert wordy.taken()[0] >= handles + len(silent)
+        assert wordy.taken()[0] >= handles - 1 + len(silent)
         assert memory(wordy) - before < 100
         until(lambda: wordy.taken()[0] <= handles and wordy.taken()[1] <= threads, TIMEOUT_S + 5)
         for connection in silent:
