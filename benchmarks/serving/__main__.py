@@ -58,6 +58,13 @@ def measured(
                 yield {"part": "slots"} | row
 
 
+def dumped(results: Row) -> str:
+    """JSON, a line for each row."""
+    head = json.dumps(results | {"rows": []}, ensure_ascii=False).removesuffix("]}")
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in results["rows"])
+    return f"{head}\n{rows}\n]}}\n"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -79,11 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         began = time.monotonic()
         results = {"date": f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC", "machine": machine()}
-        results |= {"size": chosen.size, "rows": []}
+        results |= {"size": chosen.size, "minutes": 0.0, "rows": []}
         for row in measured(SIZES[chosen.size], chosen.only, chosen.compile, chosen.peers):
             results["rows"].append(row)
             results["minutes"] = round((time.monotonic() - began) / 60, 1)
-            stored.write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
+            stored.write_text(dumped(results), encoding="utf-8")
     drawn = draw(results["rows"], chosen.into)
     write(results, drawn, chosen.into / "RESULTS.md")
     print(f"{chosen.into / 'RESULTS.md'}, after {results['minutes']} minutes")

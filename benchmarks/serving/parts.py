@@ -32,7 +32,8 @@ class Size:
     seconds: float = 40.0
     tokens: int = 256
     replaced_clients: tuple[int, ...] = (1, 4)  # more only wait there
-    paired_clients: tuple[int, ...] = (1, 4)  # whose long answers have three blocks, not one
+    paired_clients: tuple[int, ...] = (1, 4)  # whose long answers have more blocks than one
+    long_blocks: int = 3
     longest: int = 1024
     shares: tuple[float, ...] = (0.5, 0.8, 0.95)  # of capacity
     arriving_s: float = 20.0
@@ -48,6 +49,7 @@ QUICK = replace(
     FULL,
     clients=(1, 4),
     blocks=2,
+    long_blocks=1,
     tokens=64,
     longest=256,
     shares=(0.8,),
@@ -88,7 +90,7 @@ def questions_of_easy_vqa(size: Size, them: list[Contender], rng: random.Random)
 def long_answers(size: Size, them: list[Contender], rng: random.Random) -> Iterator[Row]:
     """Answers of so many tokens, as a whole: the rates."""
     for clients in size.clients:
-        blocks = 3 if clients in size.paired_clients else 1
+        blocks = size.long_blocks if clients in size.paired_clients else 1
         title = f"{size.tokens} tokens, {clients} client(s)"
         for block in repeat(blocks, 2 * size.seconds, title):
             for each in _able(size, them, clients):

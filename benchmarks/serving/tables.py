@@ -48,6 +48,7 @@ def _cells(
 
 def rates(rows: list[Row]) -> Iterator[str]:
     """Requests and tokens a second."""
+    rows = [row for row in rows if row["part"] in ("easy-VQA", "long", "longest")]
     them = names(rows)
 
     def body() -> Iterator[list[str]]:
@@ -173,9 +174,7 @@ def costs(rows: list[Row]) -> Iterator[str]:
         return number(1000 * spent / sum(row[unit] for row in these)) if these else "-"
 
     def body() -> Iterator[list[str]]:
-        for name in names(rows):
-            if name.endswith("slot(s)"):
-                continue
+        for name in names([row for row in rows if row["part"] != "slots"]):
             resident = [
                 row["rss_mib"] for row in rows if row["name"] == name and row.get("rss_mib")
             ]
