@@ -27,7 +27,7 @@ class Size:
     """How much is measured: ``blocks`` at most, and at least one, within ``seconds`` of a cell."""
 
     clients: tuple[int, ...] = (1, 2, 4, 8, 16)
-    blocks: int = 8
+    blocks: int = 6
     questions: int = 48  # of easy-VQA in a block
     seconds: float = 40.0
     tokens: int = 256
@@ -103,7 +103,7 @@ def streams(size: Size, them: list[Contender], rng: random.Random) -> Iterator[R
     """The same piece by piece: time to the first token and between tokens."""
     for clients in size.clients:
         for each in _able(size, them, clients):
-            asked = [noise(rng, 128, size.tokens) for _ in range(max(4, clients))]
+            asked = [noise(rng, 128, size.tokens) for _ in range(max(3, clients))]
             yield clients_at_once(each, asked, clients, stream=True)
 
 
@@ -178,7 +178,7 @@ def slots(size: Size, checkpoint: str, rng: random.Random) -> Iterator[Row]:
         with ExitStack() as stack:
             name = f"{count} slot(s)"
             service = who.ours(stack, name, checkpoint, QWENVL_MAX_CONCURRENCY=str(count))
-            for tokens in (4, size.tokens):  # the first ones warm up
+            for tokens in (4, size.tokens // 2):  # the first ones warm up
                 asked = [noise(rng, 128, tokens) for _ in range(max(size.slots))]
                 row = clients_at_once(service, asked, len(asked), stream=True)
             yield row | {"slots": count}

@@ -104,7 +104,7 @@ def _load(axis: Axes, rows: list[Row], colors: dict[str, str]) -> None:
 
 def _slots(axis: Axes, rows: list[Row], colors: dict[str, str]) -> None:
     del colors  # all are of ours
-    these = pick(rows, "slots")
+    these = [row for row in pick(rows, "slots") if row["answered"]]
     count = [row["slots"] for row in these]
     axis.plot(count, [row["tokens"] / row["seconds"] for row in these], "o-", label="tokens/s")
     for key, label in (("first_ms", "ms to the first token, p50"), ("token_ms", "ms a token, p50")):
