@@ -4,8 +4,9 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles what it imports; pip would compile all of torch and transformers first.
+# Python compiles what it imports, and keeps it; pip would compile all of torch and transformers first.
 INSTALL := $(BIN)/pip install --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 # MODEL=... works as QWENVL_MODEL=... does.
 ifdef MODEL
 export QWENVL_MODEL := $(MODEL)
@@ -16,9 +17,9 @@ endif
 run: $(VENV)/runtime
 	$(BIN)/gunicorn -c config/gunicorn.conf.py --bind $(HOST):$(PORT) wsgi:app
 
-# Everything but what repeats a proof for longer or in more variants, on both cores.
+# Everything but what repeats a proof for longer or in more variants; three, as they often wait.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow"
 
 test-all: $(VENV)/dev
 	$(BIN)/python -m pytest

@@ -8,6 +8,7 @@ here too, by a copy. On a GPU and on a CPU; for dense models, since a mixture re
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -20,7 +21,7 @@ from PIL import Image
 
 from benchmarks.checkpoints import write_checkpoint
 from qwenvl_app import process
-from qwenvl_app.engine import fused
+from qwenvl_app.engine import fused, native
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.generation import GenerationRequest, SamplingParams, question
 from qwenvl_app.loading.load import load
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--model", help="as MODEL; by default one of 15 million parameters")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--compile", choices=("auto", "off"), default="auto", help="on a CPU")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
@@ -86,6 +88,8 @@ def main() -> None:
         loaded = load(chosen.model or folder, device=chosen.device, dtype=chosen.dtype)
     read, device = weight_bytes(loaded.model), loaded.model.device
     rate = bandwidth(device, 2**30 if device.type == "cuda" else 2**28)
+    if chosen.compile == "auto":
+        loaded = dataclasses.replace(loaded, native=native.create(loaded.model, 2**40))
     fused.fuse(loaded.model)
     slots = max(chosen.clients)
     engine = Engine(loaded, EngineOptions(slots, chosen.tokens, 2**32, 0, 1024))

@@ -1,9 +1,10 @@
-"""gunicorn: one worker that holds the model, and threads that wait for it.
+"""gunicorn: one worker that holds the model, or some that have none, and threads that wait.
 
 ``gunicorn -c config/gunicorn.conf.py wsgi:app``; ``--bind`` for another address.
 """
 
 import ctypes
+import gc
 import importlib.util
 import os
 import signal
@@ -15,10 +16,10 @@ if not importlib.util.find_spec("qwenvl_app"):  # a checkout, and gunicorn was n
 
 from gunicorn.systemd import sd_notify
 
-from qwenvl_app import logs
+from qwenvl_app import logs, sharing
 from qwenvl_app.server import notify
 from qwenvl_app.server.hooks import hook
-from qwenvl_app.settings import SettingsError, load_for_workers
+from qwenvl_app.settings import SettingsError, load_for_workers, load_settings
 
 try:
     _settings = load_for_workers()  # once: the worker and the application take these
@@ -27,8 +28,8 @@ except SettingsError as error:  # one line, and no worker that dies again and ag
     sys.exit(os.EX_CONFIG)  # of its own: gunicorn's 1 is also a port that is in use
 
 bind = "0.0.0.0:8000"
-# The model is resident in the worker: a second one would load it twice.
-workers = 1
+# A model is resident in the one worker; with backend = "remote" there may be several.
+workers = _settings.workers
 # gthread, but that a request takes a thread only when all of it has arrived.
 worker_class = "qwenvl_app.server.worker.Worker"
 # Everyone who runs or waits holds a thread, four are there to refuse the next, and four the worker
@@ -52,6 +53,7 @@ control_socket_disable = True
 
 # The application logs each request itself, with what only it knows (web/request_log.py).
 accesslog = None
+logger_class = "qwenvl_app.server.log.Log"
 logconfig_dict = logs.config(_settings.log_format)
 
 
@@ -60,6 +62,15 @@ logconfig_dict = logs.config(_settings.log_format)
 _NOTIFY, _PUT_AWAY = "NOTIFY_SOCKET", "WORKER_NOTIFY_SOCKET"
 if _NOTIFY in os.environ:
     os.environ[_PUT_AWAY] = os.environ.pop(_NOTIFY)
+
+
+def pre_fork(server, worker):
+    """As Python's documentation has it for gc.freeze: what is there now stays, in both processes.
+
+    Else each looks through all of it in every full collection, and once more before it ends, which
+    was a third of the processor time of a start and a stop without a model.
+    """
+    gc.freeze()
 
 
 def post_worker_init(worker):
@@ -72,8 +83,37 @@ def post_worker_init(worker):
             sd_notify("READY=1", worker.log)
 
 
+def share():
+    """Before workers are forked: what several of them have together."""
+    if workers > 1:
+        sharing.begin(worker_tmp_dir)
+
+
 def when_ready(server):
-    """A second signal ends it at once. gunicorn itself ignores a second SIGTERM."""
+    """Share, and change what signals do to the master."""
+    share()
+    _end_at_a_second_signal(server)
+    _keep_the_number_of_workers(server)
+    _keep_on_if_a_setting_is_wrong(server)
+
+
+def _keep_on_if_a_setting_is_wrong(server):
+    """At SIGHUP this file is read again, and would end the master as it does at the start."""
+    reload = server.handle_hup
+
+    def handle_hup():
+        try:
+            load_settings()
+        except SettingsError as error:
+            server.log.error("no reload, the workers go on with the settings they have: %s", error)
+        else:
+            reload()
+
+    server.handle_hup = handle_hup
+
+
+def _end_at_a_second_signal(server):
+    """Since gunicorn itself ignores a second SIGTERM."""
     told = False
 
     def stop(number, frame):
@@ -87,16 +127,43 @@ def when_ready(server):
     signal.signal(signal.SIGINT, stop)
 
 
+def _keep_the_number_of_workers(server):
+    """Limits are divided among them when they start."""
+
+    def keep(number, frame):
+        server.log.warning("the number of workers is a setting: change it, and reload by SIGHUP")
+
+    signal.signal(signal.SIGTTIN, keep)
+    signal.signal(signal.SIGTTOU, keep)
+
+
+def on_reload(server):
+    """As ``when_ready``: there may be more workers now."""
+    share()
+
+
+def child_exit(server, worker):
+    """In the master: a worker has ended."""
+    sharing.forget(worker.pid)
+
+
+def on_exit(server):
+    """In the master: all have."""
+    sharing.end()
+
+
 def post_fork(server, worker):
     """Set up the process.
 
     The engine's thread gives up the interpreter's lock in every operation of the model; from a
     thread that is busy with a form or a picture it gets it back after this time, by default 5 ms.
+    Without a model the default is better: threads that answer gain nothing by taking turns often.
 
     And glibc gives memory back: with an arena a thread, pictures left it 300 MB larger for good. By
     mallopt, since its environment variables are read before Python starts. Elsewhere: nothing.
     """
-    sys.setswitchinterval(0.0002)
+    if _settings.backend == "local":
+        sys.setswitchinterval(0.0002)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-8, 2)  # M_ARENA_MAX

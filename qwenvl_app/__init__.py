@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flask import Flask
 
+from qwenvl_app import sharing
 from qwenvl_app.backends import Backend, build
 from qwenvl_app.generation import Status
 from qwenvl_app.service import tracing
@@ -23,6 +24,7 @@ from qwenvl_app.web import (
     request_log,
 )
 from qwenvl_app.web.answering import Service
+from qwenvl_app.web.chat import models
 from qwenvl_app.web.chat import route as chat
 from qwenvl_app.web.chat.image_urls import Fetcher
 from qwenvl_app.web.disconnects import Disconnects
@@ -33,9 +35,8 @@ from qwenvl_app.web.responses import ContractJSON
 def create_app(settings: Settings | None = None, backend: Backend | None = None) -> Flask:
     """Wire the application. Without ``backend`` the settings' own is built and starts loading.
 
-    Raises SettingsError. ``app.extensions["qwenvl"]`` holds the backend, the admission, the
-    disconnects, the function ``status``, and two that may be called any number of times, on any
-    thread: ``drain`` refuses all who have no permit from then on, ``close`` ends every thread.
+    Raises SettingsError. ``app.extensions["qwenvl"]`` holds parts and functions, for any thread:
+    ``drain`` refuses all who have no permit, ``close`` ends every thread, both any number of times;
     ``refused`` counts what the worker answered itself, ``has_key`` judges ``Authorization``.
     """
     settings = settings or current()
@@ -50,6 +51,7 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         admission.drain()
         disconnects.close()
         backend.close()
+        metrics.close()
         traces.close()
 
     keys, traces = auth.Keys(settings.api_keys), tracing.start()
@@ -66,8 +68,8 @@ def create_app(settings: Settings | None = None, backend: Backend | None = None)
         "has_key": keys.admit,
     }
     _for_every_route(app, settings, metrics, traces, keys)
-    quota, fetcher = Quota(settings.max_requests_per_key), Fetcher(settings)
-    service = Service(settings, backend, admission, quota, disconnects, status, fetcher)
+    quota = Quota(settings.max_requests_per_key, sharing.directory())
+    service = Service(settings, backend, admission, quota, disconnects, status, Fetcher(settings))
     _register_routes(app, service, metrics)
     return app
 
@@ -76,7 +78,7 @@ def _register_routes(app: Flask, service: Service, metrics: Metrics) -> None:
     settings = service.settings
     app.register_blueprint(recognize.blueprint(service))
     app.register_blueprint(chat.blueprint(service))
-    app.register_blueprint(chat.models(settings))
+    app.register_blueprint(models.blueprint(settings))
     app.register_blueprint(ops.blueprint(service.status, metrics))
     app.register_blueprint(docs.blueprint())
     if settings.page == "on":

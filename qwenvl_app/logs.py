@@ -17,6 +17,8 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 def printable(text: str) -> str:
     """``text`` with everything that does not print as itself escaped as Python would."""
+    if text.isprintable():  # nearly always, and at the speed of C
+        return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text

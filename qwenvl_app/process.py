@@ -7,9 +7,11 @@ that nothing here makes an import of torch.
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import warnings
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 
@@ -89,6 +91,25 @@ def omit_created_series() -> None:
     import prometheus_client
 
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+def share_metrics(directory: Path) -> None:
+    """Prometheus' client keeps values in files there: those of each process that is forked later.
+
+    By itself it asks its variable when it is imported, which the master does before it knows that
+    there will be several workers.
+    """
+    from prometheus_client import values
+
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
+    values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
+
+
+def forget_metrics(directory: Path, pid: int) -> None:
+    """Gauges of a process that has ended count no longer; its counters do."""
+    from prometheus_client import multiprocess
+
+    multiprocess.mark_process_dead(pid, str(directory))  # type: ignore[no-untyped-call]
 
 
 def allow_files(wanted: int) -> None:

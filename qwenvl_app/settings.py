@@ -30,6 +30,8 @@ from pydantic import (
 PREFIX = "QWENVL_"
 FILE_VARIABLE = PREFIX + "CONFIG"
 SECRETS = frozenset(("api_keys", "remote_api_key"))  # never in a message
+# Limits of the service of which each worker has its share.
+DIVIDED = ("max_concurrency", "max_waiting", "upload_buffer_mb", "max_connections")
 _PACKAGE = Path(__file__).resolve().parent
 # In a checkout it lies beside the package, in a wheel inside it.
 CONFIG = next(path for path in (_PACKAGE / "config", _PACKAGE.parent / "config") if path.is_dir())
@@ -83,6 +85,7 @@ class Settings(BaseModel):
     remote_url: Annotated[tuple[RemoteUrl, ...], BeforeValidator(_split)]
     remote_model: str
     remote_api_key: SecretStr
+    workers: int = Field(ge=1, le=64)
     device: str = Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     attention: Literal["auto", "sdpa", "eager"]
@@ -109,7 +112,7 @@ class Settings(BaseModel):
     max_prompt_chars: int = Field(ge=1)
     image_hosts: Annotated[tuple[ImageHost, ...], BeforeValidator(_split)]
     api_keys: Annotated[tuple[ApiKey, ...], BeforeValidator(_split)]
-    max_requests_per_key: int = Field(ge=0)
+    max_requests_per_key: int = Field(ge=0, le=2**20)
     cors_origins: Annotated[tuple[Origin, ...], BeforeValidator(_split)]
     page: Literal["on", "off"]
     log_format: Literal["text", "json"]
@@ -121,6 +124,30 @@ class Settings(BaseModel):
         if info.data.get("backend") == "remote" and not value:
             raise ValueError("needed where backend is remote")
         return value
+
+    @field_validator("workers")
+    @classmethod
+    def _hold_no_model(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("backend") == "local":
+            raise ValueError("each would load the model: more than one need backend = 'remote'")
+        return value
+
+    @field_validator("max_concurrency")
+    @classmethod
+    def _is_enough_for_all(cls, value: int, info: ValidationInfo) -> int:
+        if value < info.data.get("workers", 1):
+            raise ValueError("each of the workers needs one")
+        return value
+
+    @property
+    def of_one_worker(self) -> Settings:
+        """With the share of limits that one of ``workers`` processes has, of a number at least 1.
+
+        Rounded down, so that they together have no more than the limit.
+        """
+        limits = {key: getattr(self, key) for key in DIVIDED}
+        shares = {key: limit and max(1, limit // self.workers) for key, limit in limits.items()}
+        return self.model_copy(update=shares)
 
     @property
     def served_model(self) -> str:
@@ -141,11 +168,11 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
 def load_for_workers() -> Settings:
     """Load the settings anew, for ``current`` in this process and in those that it forks.
 
-    Called by gunicorn's configuration, in the master: at the start and at a reload. Raises
-    SettingsError.
+    Of limits each worker has its share. Called by gunicorn's configuration, in the master: at the
+    start and at a reload. Raises SettingsError.
     """
     global _for_workers  # noqa: PLW0603  # what a fork inherits has no other place
-    _for_workers = load_settings()
+    _for_workers = load_settings().of_one_worker
     return _for_workers
 
 

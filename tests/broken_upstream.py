@@ -83,6 +83,13 @@ def _hang(start: bytes = b"") -> Act:
     return act
 
 
+def once(connection: socket.socket, _: threading.Event) -> None:
+    """An answer; the connection is kept, and ends when it is used again."""
+    sent = b"".join(f"data: {json.dumps(event)}\n\n".encode() for event in (PIECE, END)) + DONE
+    connection.sendall(_chunked(b"%x\r\n%s\r\n0\r\n\r\n" % (len(sent), sent)))
+    _read_request(connection)
+
+
 _RATE = "429 Too Many Requests"
 _AWAY = "503 Service Unavailable"
 _ONCE = {"elsewhere": False}

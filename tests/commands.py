@@ -19,7 +19,7 @@ QWENVL = (sys.executable, "-c", "from qwenvl_app.cli import main; main(prog_name
 def environment(**more: str) -> dict[str, str]:
     """This process's, without settings, and with ``more``."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("QWENVL_")}
-    return clean | {"PYTHONPATH": str(ROOT)} | more
+    return clean | {"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"} | more
 
 
 def qwenvl(
@@ -43,7 +43,8 @@ def invoke(
     *arguments: str, cwd: Path = ROOT, stdin: bytes = b"", **environ: str
 ) -> subprocess.CompletedProcess[str]:
     """The same without a process, which takes a second each."""
-    clean = {name: None for name in os.environ if name.startswith("QWENVL_")}
+    clean: dict[str, str | None] = {n: None for n in os.environ if n.startswith("QWENVL_")}
+    clean["LC_ALL"] = "C.UTF-8"
     with contextlib.chdir(cwd):
         done = CliRunner().invoke(main, arguments, input=stdin, env=clean | environ)
     if done.exception and not isinstance(done.exception, SystemExit):

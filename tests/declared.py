@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from typing import Any
 
@@ -25,10 +26,15 @@ def resolve(item: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def path_of(rule: str) -> str:
+    """A rule of Flask's as the document spells it."""
+    return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule)
+
+
 def operation(path: str, method: str) -> dict[str, Any] | None:
     """What is declared; a GET stands for its HEAD too."""
     name = "get" if method == "HEAD" else method.lower()
-    return DOCUMENT["paths"].get(path, {}).get(name)
+    return DOCUMENT["paths"].get(path_of(path), {}).get(name)
 
 
 @cache

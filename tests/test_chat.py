@@ -7,15 +7,19 @@ import dataclasses
 import io
 import json
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from urllib.parse import quote
 
 import pytest
+from flask import Request
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from PIL import Image
 
 from qwenvl_app import create_app
-from qwenvl_app.errors import BadSchema, Unavailable
+from qwenvl_app.errors import BadSchema, ClientGone, Unavailable
 from qwenvl_app.generation import Constraint, Phase, Status
+from qwenvl_app.service.deadline import Deadline
 from qwenvl_app.settings import load_settings
 from qwenvl_app.testing import ScriptedBackend
 from qwenvl_app.web.chat import json_body
@@ -24,6 +28,7 @@ from tests.wire import PNG
 
 ROUTE = "/v1/chat/completions"
 URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+LARGE = Request({"CONTENT_LENGTH": str(2**20)})
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -155,6 +160,16 @@ def test_an_error_before_the_first_token_has_its_status(client, backend: Scripte
     assert int(response.headers["Retry-After"]) > 0
 
 
+def test_the_first_piece_comes_at_once_with_what_begins_the_stream(client):
+    """Each piece of the answer is a call into the kernel, and wakes the client."""
+    answer = client.post(ROUTE, json=hello(stream=True), buffered=False)
+    first, *_ = answer.response
+    answer.close()
+    role, words = (json.loads(line[6:]) for line in first.decode().split("\n\n")[:-1])
+    assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert words["choices"][0]["delta"]["content"]
+
+
 def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: ScriptedBackend):
     """A generator that never ran has no finally: the close of the response releases."""
     response = app.test_client().post(ROUTE, json=hello(stream=True), buffered=False)
@@ -169,6 +184,24 @@ def test_a_stream_that_nobody_reads_gives_everything_back(app, backend: Scripted
 def test_models(client):
     (model,) = client.get("/v1/models").json["data"]
     assert (model["id"], model["object"], model["owned_by"]) == ("demo", "model", "qwenvl")
+
+
+@pytest.mark.parametrize("served", ["demo", "Qwen/Qwen3-VL-8B-Instruct", "模型 1"])
+def test_a_model_by_its_id(served: str):
+    settings = load_settings({"QWENVL_MODEL": served})
+    client = create_app(settings, ScriptedBackend("x")).test_client()
+    (listed,) = client.get("/v1/models").json["data"]
+    for spelled in (quote(served), quote(served, safe="")):
+        assert client.get(f"/v1/models/{spelled}").json == listed
+    for other in ("other", f"{served}/", served[:-1], "..%2f..%2fetc"):
+        answer = client.get(f"/v1/models/{other}")
+        assert (answer.status_code, answer.mimetype) == (404, "application/json")
+        assert answer.json["error"]["code"] == "model_not_found"
+        assert answer.json["error"]["type"] == "invalid_request_error"
+    assert client.post(f"/v1/models/{quote(served)}").json["error"]["message"]  # 405, as it is here
+    for none in ("", f"/{served}", "a%0Ab"):
+        answer = client.get(f"/v1/models/{none}")
+        assert (answer.status_code, answer.json["error"]["message"]) == (404, "Not Found")
 
 
 def test_not_ready_and_no_key(client, backend: ScriptedBackend):
@@ -429,11 +462,30 @@ def test_who_waits_to_read_a_large_body_has_a_deadline(backend: ScriptedBackend)
     app = create_app(load_settings({}, request_timeout_s=0.2), backend)
     large = said("x" * 2**18)
     with ThreadPoolExecutor(1) as pool:
-        with json_body._turn:
+        with json_body.in_turn(LARGE, Deadline(time.monotonic() + 60)):
             waiting = pool.submit(app.test_client().post, ROUTE, json=large)
             assert wait([waiting], 5).done
         assert waiting.result().status_code == 504
-    assert not json_body._turn.locked()
+    assert not json_body.turn.taken
+
+
+def test_who_leaves_while_it_waits_to_have_its_body_read_waits_no_more():
+    """Its thread was held until its turn came, behind two dozen bodies of 20 MB."""
+    first, second, third = (Deadline(time.monotonic() + 60) for _ in range(3))
+
+    def read(deadline: Deadline) -> None:
+        with json_body.in_turn(LARGE, deadline):
+            assert json_body.turn.taken
+
+    with ThreadPoolExecutor(2) as pool:
+        with json_body.in_turn(LARGE, first):
+            leaving, staying = pool.submit(read, second), pool.submit(read, third)
+            assert not wait([leaving, staying], 0.1).done
+            second.leave()
+            assert isinstance(leaving.exception(10), ClientGone)
+            assert not staying.done()
+        staying.result(10)
+    assert not json_body.turn.taken
 
 
 def test_pictures_have_one_limit_together(client, backend: ScriptedBackend, settings):

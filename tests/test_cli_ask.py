@@ -99,15 +99,15 @@ def test_an_answer_that_was_cut_says_so(scripted: Server, files: Path):
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (("1.png", "?"), 1, "401: 缺少有效的 API 密钥。"),
-        (("1.png", "?", "--key", "wrong"), 1, "401: 缺少有效的 API 密钥。"),
+        (("1.png", "?"), 1, "401: the API key is missing or wrong (缺少有效的 API 密钥。)\n"),
+        (("1.png", "?", "--key", "wrong"), 1, "401: the API key is missing or wrong (缺"),
         (("1.png", "2.png", "?"), 1, "401: A valid API key is missing."),
         (("none.png", "?", "--key", KEY), 2, "none.png: No such file or directory"),
         ((".", "?", "--key", KEY), 2, ".: Is a directory"),
         (("-", "-", "?", "--key", KEY), 2, "standard input has one picture only"),
-        (("text.txt", "?", "--key", KEY), 1, "400: 上传的文件无法作为图片读取"),
+        (("text.txt", "?", "--key", KEY), 1, "400: this file can't be read as a picture (上"),
         (("1.png", "", "--key", KEY), 1, "422: prompt: "),
-        (("1.png", "fail", "--key", KEY), 1, "500: 服务器内部错误: 没有做到。"),
+        (("1.png", "fail", "--key", KEY), 1, "500: the server failed (服务器内部错误: 没有做到。"),
         (("1.png", "?", "--key", "密"), 2, "the key has characters that no header may have"),
         (("1.png", "?", "--key", KEY, "-f", "top_p=7"), 1, "422: top_p: "),
         (("1.png", "?", "--url", "ftp://x"), 2, "ftp://x is no URL such as"),
@@ -125,6 +125,22 @@ def test_an_error_is_one_line(
     assert done.stdout == ""
     assert done.stderr.startswith(f"qwenvl: {said}")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"LANG": "zh_CN.UTF-8"}, "401: 缺少有效的 API 密钥。"),
+        ({"LANG": "en_GB.UTF-8", "LC_ALL": "zh_CN.UTF-8"}, "401: 缺少有效的 API 密钥。"),
+        ({"LANG": "zh_CN.UTF-8", "LC_MESSAGES": "C"}, "401: the API key is"),
+    ],
+)
+def test_a_chinese_reader_is_told_in_chinese_alone(
+    scripted: Server, files: Path, environ: dict[str, str], said: str
+):
+    environ = {"LC_ALL": "", "LC_MESSAGES": "", **environ}
+    done = invoke("ask", "1.png", "?", "--url", scripted.url, cwd=files, **environ)
+    assert done.stderr.startswith(f"qwenvl: {said}")
 
 
 def test_ctrl_c_ends_it_and_frees_its_place(scripted: Server, files: Path):

@@ -154,7 +154,8 @@ def test_json_lines_what_fails_and_asking_that_again(scripted: Server, tmp_path:
     assert done.stderr == "qwenvl: 2 of 4 answered, 2 failed: --retry-failed asks those again\n"
     told = {row["id"]: row for row in read(output)}
     assert told["good"]["result"] == expected(1, prompt="一？")
-    assert told["bad"]["error"] == "400: 上传的文件无法作为图片读取，可能已损坏或格式不受支持。"
+    detail = "上传的文件无法作为图片读取，可能已损坏或格式不受支持。"
+    assert told["bad"]["error"] == f"400: this file can't be read as a picture ({detail})"
     assert told[3]["error"] == "No such file or directory"
     assert told[4]["finish_reason"] == "length"
     assert list(told["good"]) == ["id", "image", "prompt", "result", "finish_reason", "usage"]

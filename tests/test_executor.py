@@ -177,6 +177,7 @@ def harness(monkeypatch, kind: str, tokens: int, slots: int, prefix: int = 0) ->
     loaded = SimpleNamespace(
         model=SimpleNamespace(generation_config=config),
         patcher=SimpleNamespace(processor=SimpleNamespace(to_dict=dict)),
+        native=None,
         tokenizer=None,
     )
     with pretend() as gpus, gpus.here():

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from flask.testing import FlaskClient
 from PIL import Image
+from werkzeug.test import EnvironBuilder
 
 from qwenvl_app import create_app
 from qwenvl_app.generation import Phase, Status
@@ -389,6 +390,15 @@ def test_pictures_and_body_have_one_limit(client, monkeypatch, host: ImageHost, 
     assert message.startswith("messages.0.content.1.image_url")
     asked = json.dumps(ask(f"{url}/noise")) + " " * 500_000
     refused(client.post(ROUTE, data=asked, content_type="application/json"), 413)
+    chunked = {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
+    body = EnvironBuilder(
+        path=ROUTE,
+        method="POST",
+        input_stream=io.BytesIO(asked.encode()),
+        content_type="application/json",
+        environ_overrides=chunked,
+    )
+    refused(client.open(body), 413)  # its length is told by nobody
 
 
 @pytest.mark.parametrize("path", image_host.TOO_SLOW)

@@ -39,6 +39,7 @@ LAYERS = [
             "qwenvl_app.generation",
             "qwenvl_app.logs",
             "qwenvl_app.process",
+            "qwenvl_app.sharing",
             "qwenvl_app.version",
         ),
     ),

@@ -19,7 +19,7 @@ from qwenvl_app.web.chat.schema import ChatRequest
 from qwenvl_app.web.openapi import answers, chat_answers, docs, examples
 from qwenvl_app.web.schema import RecognizeForm
 from tests import declared
-from tests.declared import DOCUMENT, problems, resolve
+from tests.declared import DOCUMENT, path_of, problems, resolve
 from tests.test_docs import LANGUAGES, read
 from tests.wire import GOOD, MULTIPART, ROUTE
 
@@ -40,7 +40,7 @@ def test_it_is_valid():
 def test_every_route_stands_in_it(app):
     """But the page for people, and the files of which pages are made."""
     routes = {
-        (rule.rule, method.lower())
+        (path_of(rule.rule), method.lower())
         for rule in app.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD"}
         if not rule.rule.startswith("/docs/") and not rule.endpoint.startswith("page.")
@@ -141,6 +141,7 @@ def test_calls_of_tools_are_declared(client, backend, stream: bool):
 def test_what_is_got_has_no_field_that_is_not_declared(client):
     for path, model in (
         ("/v1/models", chat_answers.ModelList),
+        ("/v1/models/demo", chat_answers.Model),
         ("/livez", answers.Alive),
         ("/readyz", answers.Readiness),
     ):

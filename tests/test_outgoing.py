@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import selectors
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gunicorn.config import Config
 
+from qwenvl_app.server.connection import Connection
+from qwenvl_app.server.connections import Connections
+from qwenvl_app.server.framing import FramingLimits
 from qwenvl_app.server.outgoing import Outgoing, UnreadAnswers
 
 ANSWER = bytes(range(256)) * 2**13  # 2 MiB: more than the kernel has room for
@@ -82,3 +88,46 @@ def test_a_file_does_not_overtake_what_waits(client: Client, tmp_path: Path):
         client.mine.flush()
         received += client.other.recv(2**16)
     assert received == ANSWER + ANSWER[:1000]
+
+
+def test_an_answer_that_ends_late_can_still_be_read(client: Client):
+    """Of one that was complete just before its time was over, the end was lost with a reset."""
+    with selectors.DefaultSelector() as poller:
+        connections = Connections(poller, FramingLimits(Config(), 2**20))
+        conn = Connection(Config(), client.mine, ("", 0), ("", 0))
+        connections.add(conn)
+        conn.sock.sendall(ANSWER)
+        done: list[Connection] = []
+
+        def delivered(conn: Connection) -> None:
+            connections.unwatch(conn)
+            done.append(conn)
+
+        connections.deliver(conn, time.monotonic() - 1, delivered)
+        assert conn.expires > time.monotonic()
+        received = b""
+        while len(received) < len(ANSWER):
+            for key, _ in poller.select(0):
+                key.data(key.fileobj)
+            received += client.other.recv(2**16)
+        assert (received, done) == (ANSWER, [conn])
+        connections.close(conn)
+
+
+def test_a_head_goes_with_what_follows_it(client: Client):
+    client.mine.hold()
+    client.mine.sendall(b"head ")
+    client.other.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        client.other.recv(1)
+    client.mine.sendall(b"first ")
+    assert client.other.recv(99) == b"head first "
+    client.mine.sendall(b"second")
+    assert client.other.recv(99) == b"second"
+
+
+def test_a_head_that_nothing_follows_is_flushed(client: Client):
+    client.mine.hold()
+    client.mine.sendall(b"head")
+    client.mine.flush()
+    assert client.other.recv(99) == b"head"

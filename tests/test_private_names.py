@@ -42,7 +42,6 @@ import qwenvl_app
 from qwenvl_app.engine.fused import PackedLinear
 from qwenvl_app.engine.memory import place
 from qwenvl_app.engine.processors import processors
-from qwenvl_app.engine.runner import Runner
 from qwenvl_app.errors import is_out_of_memory
 from qwenvl_app.loading.load import load
 from qwenvl_app.server.connection import Connection
@@ -91,11 +90,9 @@ def json_of_views() -> None:
     assert ContractJSON(app).response(a=["图"]).data == '{"a":["图"]}'.encode()
 
 
-def eager_attention_is_known() -> None:
+def attention_is_told() -> None:
     for attention in ("eager", "sdpa"):
-        model = demo(attention)
-        assert model.model.language_model.config._attn_implementation == attention
-        assert Runner(model)._adds_mask == (attention == "eager")
+        assert demo(attention).model.language_model.config._attn_implementation == attention
 
 
 def weights_that_are_elsewhere_are_placed() -> None:
@@ -140,7 +137,7 @@ PRIVATE: dict[str, Callable[[], None]] = {
     "_new": pixels_without_their_file,
     "_download": downloads_read_their_module,
     "_prepare_response_obj": json_of_views,
-    "_attn_implementation": eager_attention_is_known,
+    "_attn_implementation": attention_is_told,
     "_hf_hook": weights_that_are_elsewhere_are_placed,
     "_C": weights_are_packed,
     "_has_mkldnn": weights_are_packed,
@@ -155,8 +152,12 @@ WORKER = "accept check_config finish_request get_thread_pool handle handle_error
 STATES = "get_conv_state get_recurrent_state is_recording_past reset"
 OVERRIDDEN = {
     "server.worker.Worker": f"{WORKER} handle_request load_wsgi run",
+    "server.log.Log": "access",
     "web.responses.ContractJSON": "ensure_ascii response sort_keys",
     "service.metrics._Gauges": "collect",
+    "service.all_workers._Fresh": "collect",
+    "service.all_workers._Others": "collect",
+    "service.all_workers._Processes": "collect",
     "hub.modelscope._Anonymous": "get_session_id",
     "engine.kv_cache.SlotCache": "reset update",
     "engine.compiled._Cells": "update",
@@ -189,7 +190,17 @@ def idle_connections_are_not_counted() -> None:
     assert mentions(gunicorn, "max_keepalived") > 1
 
 
-SET = (no_body_is_drained, connections_are_initialised, idle_connections_are_not_counted)
+def values_are_made_by_the_class_of_the_moment() -> None:
+    """``process.share_metrics``: or each worker would count for itself."""
+    assert mentions(prometheus_client, "ValueClass") > 1
+
+
+SET = (
+    no_body_is_drained,
+    connections_are_initialised,
+    idle_connections_are_not_counted,
+    values_are_made_by_the_class_of_the_moment,
+)
 
 
 def a_mask_of_four_dimensions_is_taken_as_it_is() -> None:
@@ -319,6 +330,7 @@ def test_what_we_override_is_still_theirs():
     ("library", "kind"),
     [
         (gunicorn, "server.worker.Worker"),
+        (gunicorn, "server.log.Log"),
         (flask, "web.responses.ContractJSON"),
         (prometheus_client, "service.metrics._Gauges"),
         (modelscope_hub, "hub.modelscope._Anonymous"),

@@ -8,6 +8,12 @@ from pydantic import ValidationError
 
 from qwenvl_app.settings import DEFAULTS, Settings, SettingsError, explain, load_settings
 
+REMOTE = {
+    "QWENVL_BACKEND": "remote",
+    "QWENVL_REMOTE_URL": "http://127.0.0.1:9",
+    "QWENVL_REMOTE_MODEL": "demo",
+}
+
 
 def test_defaults_are_all_in_the_file():
     settings = load_settings({})
@@ -42,6 +48,14 @@ def test_frozen(settings: Settings):
         ({"QWENVL_MAX_CONCURRENCY": "0"}, "setting 'max_concurrency' .*greater than or equal to 1"),
         ({"QWENVL_QUEUE_TIMEOUT_S": "nan"}, "setting 'queue_timeout_s'"),
         ({"QWENVL_MODEL": ""}, "setting 'model' (environment)"),
+        (
+            {"QWENVL_WORKERS": "2"},
+            "setting 'workers' (environment): .*each would load the model.*but it is '2'",
+        ),
+        (
+            REMOTE | {"QWENVL_WORKERS": "5"},
+            "setting 'max_concurrency' (config/default.toml): .*each of the workers needs one",
+        ),
         ({"QWENVL_CONFIG": "/does/not/exist.toml"}, "cannot read /does/not/exist.toml"),
     ],
 )
@@ -50,6 +64,17 @@ def test_a_wrong_setting_is_named(environ, message):
         load_settings(environ)
     pattern = re.escape(message).replace(r"\.\*", ".*")
     assert re.search(pattern, str(error.value))
+
+
+def test_each_worker_has_its_share_of_what_is_the_services():
+    limits = {"MAX_CONCURRENCY": "64", "MAX_WAITING": "2", "UPLOAD_BUFFER_MB": "100"}
+    environ = {f"QWENVL_{key}": value for key, value in limits.items()}
+    settings = load_settings(environ | REMOTE | {"QWENVL_WORKERS": "3"})
+    each = settings.of_one_worker
+    assert (each.max_concurrency, each.max_waiting, each.upload_buffer_mb) == (21, 1, 33)
+    assert each.max_connections == settings.max_connections // 3
+    assert each.max_requests_per_key == settings.max_requests_per_key
+    assert load_settings(REMOTE | {"QWENVL_MAX_WAITING": "0"}).of_one_worker.max_waiting == 0
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path):

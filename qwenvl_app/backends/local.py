@@ -108,7 +108,7 @@ class LocalBackend:
         self._say("looking for the checkpoint")
         found = checkpoint.find(settings.model, say=self._say)
         self._say("loading the libraries")
-        from qwenvl_app.engine import fused
+        from qwenvl_app.engine import fused, native
         from qwenvl_app.loading import devices, load
 
         process.use_threads(settings.cpu_threads)
@@ -121,6 +121,9 @@ class LocalBackend:
             max_memory=plan.max_memory,
             say=self._say,
         )
+        if settings.compile != "off":
+            room = devices.spare(plan) // 2
+            loaded = dataclasses.replace(loaded, native=native.create(loaded.model, room))
         fused.fuse(loaded.model)
         return loaded, devices.after_loading(loaded, plan, self._say)
 
@@ -130,7 +133,7 @@ class LocalBackend:
         from qwenvl_app.loading import devices, warm_up
 
         settings = self._settings
-        compiled = settings.compile == "on"
+        compiled = settings.compile == "on" and not loaded.native
         options = engines.EngineOptions(
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,

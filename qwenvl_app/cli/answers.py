@@ -10,6 +10,8 @@ from typing import Any
 import requests
 from urllib3.exceptions import HTTPError, NewConnectionError
 
+from qwenvl_app.cli.sentences import explained
+
 _COUNTS = ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens")
 _LONGEST_DETAIL = 500
 _UNREADABLE = (requests.RequestException, HTTPError, OSError)
@@ -36,7 +38,8 @@ class Refused(Exception):
     """The server answered with an error. ``status`` is None where a stream had begun."""
 
     def __init__(self, status: int | None, detail: str, retry_after: int | None = None):
-        super().__init__(f"{status}: {detail}" if status else detail)
+        told = explained(status, detail)
+        super().__init__(f"{status}: {told}" if status else told)
         self.status, self.detail, self.retry_after = status, detail, retry_after
 
 

@@ -144,7 +144,7 @@ class CompiledDecode:
                 return
             self._body(inputs, keys, values)  # a recording has to find what is made but once
             graph = Graph(self._body, inputs, keys, values, pool)
-            if not _alike(graph.replay(inputs)[: len(expected)], expected):
+            if not alike(graph.replay(inputs)[: len(expected)], expected):
                 raise ValueError("its logits are not those of the model")
         except Exception as error:
             if is_out_of_memory(error):  # of no meaning for the next cache
@@ -157,7 +157,7 @@ class CompiledDecode:
             self.graphs[rows, columns] = graph
 
 
-def _alike(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+def alike(logits: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether both (rows, vocabulary) differ by rounding alone: a wrong row or place is off by 1.
 
     In half precision two kernels that are both right may differ by some hundredths of the size.

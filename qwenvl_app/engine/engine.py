@@ -57,7 +57,7 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, options: EngineOptions):
         self._options = options
-        self._runner = Runner(loaded.model, mode=options.compile)
+        self._runner = Runner(loaded.model, mode=options.compile, native=loaded.native)
         self._budget = self._runner.layout.tokens_in(options.kv_cache_bytes, options.slots)
         if self._budget < _LEAST_TOKENS:
             raise ModelLoadError(

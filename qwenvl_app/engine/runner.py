@@ -7,6 +7,7 @@ keep ``rope_deltas``, the state of one request, on an object that all share (tra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Many
 from typing import Any, Literal
 
@@ -18,10 +19,13 @@ from qwenvl_app.engine.inputs import Features, Span
 from qwenvl_app.engine.kv_cache import SlotCache
 from qwenvl_app.engine.layout import layout_of
 from qwenvl_app.engine.memory import place
+from qwenvl_app.engine.native import NativeDecode
 from qwenvl_app.engine.recurrent import RecurrentCache
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import VisionPass, VisionTower
 from qwenvl_app.errors import ModelLoadError
+
+log = logging.getLogger(__name__)
 
 Mode = Literal["off", "auto", "on"]  # the setting ``compile``
 _USUAL = 2048  # tokens of a picture of a megapixel, a question and an answer
@@ -30,7 +34,7 @@ _USUAL = 2048  # tokens of a picture of a megapixel, a question and an answer
 class Runner:
     """Calls of the model, in inference mode. Used by the engine's thread alone."""
 
-    def __init__(self, model: Any, *, mode: Mode = "off"):
+    def __init__(self, model: Any, *, mode: Mode = "off", native: NativeDecode | None = None):
         self._model, self._text = model, model.model.language_model
         self._tower = VisionTower(model.model.visual)
         if self._tower.visual.patch_embed.proj.weight.device.type == "meta":
@@ -43,7 +47,8 @@ class Runner:
         self.depth = len(self._tower.visual.blocks)
         self.merge: int = self._tower.merge
         self._device = place(self._text.embed_tokens)
-        self.compiled = self._compile(mode)
+        self._native = native
+        self.compiled = None if native else self._compile(mode)
 
     def _compile(self, mode: Mode) -> CompiledDecode | None:
         places = {self.device, self._device, *(p.device for p in self._model.parameters())}
@@ -79,7 +84,12 @@ class Runner:
         return SlotCache(self.layout, budget if self.compiled else 0)
 
     def rehearse(self, cache: SlotCache, slots: int) -> None:
-        """Record the decode step of up to so many rows, if it is to be; ``cache`` is empty."""
+        """Record or check the decode step of up to so many rows; ``cache`` is empty."""
+        if self._native and not all(
+            self._native.agrees(self._decode, cache, rows) for rows in range(1, slots + 1)
+        ):
+            log.error("the decode step in C++ is not used: its logits are not those of the model")
+            self._native = None
         if self.compiled:
             self.compiled.rehearse(cache, slots, min(_USUAL, self.max_length))
 
@@ -148,6 +158,8 @@ class Runner:
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
         """One token for each of the slots 0 to n; logits (n, vocabulary)."""
+        if self._native:
+            return self._native(cache, ids, positions, starts)
         if self.compiled and self.compiled.fits(cache, len(ids)):
             return self.compiled(cache, ids, positions, starts)
         return self._decode(cache, ids, positions, starts)

@@ -23,6 +23,9 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
+# Keywords that hold values, and schemas by name.
+_VALUES = frozenset({"const", "enum", "default", "examples"})
+_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _CHECK = Path(__file__).with_name("check.py")
 _PATIENCE_S = 10.0  # for the check, which has two seconds of CPU time: on a machine that is busy
 
@@ -71,9 +74,31 @@ def checked_schema(schema: Mapping[str, Any]) -> str:
         if isinstance(value, str) and len(value) > _LONGEST:
             raise BadSchema(f"a text of over {_LONGEST} characters")
     try:
-        return json.dumps({**schema, "x-guidance": {"whitespace_pattern": _BLANK}}, allow_nan=False)
+        asked = {**_without_defaults(schema), "x-guidance": {"whitespace_pattern": _BLANK}}
+        return json.dumps(asked, allow_nan=False)
     except ValueError:
         raise BadSchema("a number that is not finite") from None
+
+
+def _without_defaults(schema: Any) -> Any:
+    """``schema`` without ``uniqueItems: false``, the default, which the library knows no more of.
+
+    Generators of schemas write it. What only looks like a keyword stays: a property of that name,
+    and the values of ``_VALUES``.
+    """
+    if isinstance(schema, list | tuple):
+        return [_without_defaults(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _VALUES:
+            kept[key] = value
+        elif key in _SCHEMAS and isinstance(value, Mapping):
+            kept[key] = {name: _without_defaults(each) for name, each in value.items()}
+        elif key != "uniqueItems" or value is not False:
+            kept[key] = _without_defaults(value)
+    return kept
 
 
 def _walk(schema: Any) -> Iterator[tuple[Any, int]]:

@@ -87,6 +87,12 @@ def after_loading(
     return dataclasses.replace(left, offloaded=made.offloaded)
 
 
+def spare(made: plan.MemoryPlan) -> int:
+    """Bytes of the machine's memory, now that the weights are there, that no request will want."""
+    wanted = 0 if gpus(made.settings.device) else max(made.work, made.room + made.prefix_cache)
+    return max(0, free_memory(torch.device("cpu")) - wanted)
+
+
 def _told(made: plan.MemoryPlan) -> plan.MemoryPlan:
     if made.problem:
         raise ModelLoadError(f"not enough memory: {made}")

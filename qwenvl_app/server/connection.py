@@ -61,4 +61,5 @@ class Connection(TConn):  # type: ignore[misc]
         pieces, rest = incoming.take()
         self.taken = Taken(self.arrived, whole, has_body, asked, pieces)
         self.parser = RequestParser(self.cfg, pieces, self.client)
+        self.sock.hold()  # the head of the answer
         return rest

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 # unread is reset. For so long, and so many bytes, what it sends is thrown away.
 _LINGER_S = 5.0
 _LINGER_BYTES = 64 * 2**20
+# For what is left of an answer that is complete when a client's time is as good as over.
+_LAST_READ_S = 2.0
 _DISCARD = 2**18  # bytes at a time
 _UNREAD_ANSWERS = 64 * 2**20  # bytes; a stream of 1,024 tokens has 0.2 MB, with top_logprobs 2 MB
 
@@ -73,10 +75,11 @@ class Connections:
     def deliver(self, conn: Connection, latest: float, then: Callable[[Connection], None]) -> None:
         """Send what is left of an answer as its client reads, then call ``then``.
 
-        The client has ``SEND_TIMEOUT_S`` for its next read, and ``latest``, a ``monotonic()``, for
-        all of them; else its connection is closed.
+        The client has ``SEND_TIMEOUT_S`` for its next read, and ``latest``, a ``monotonic()``, or
+        ``_LAST_READ_S`` if that is later, for all of them; else its connection is closed.
         """
-        conn.since, conn.deliver_by, conn.delivered = time.monotonic(), latest, then
+        conn.since, conn.delivered = time.monotonic(), then
+        conn.deliver_by = max(latest, conn.since + _LAST_READ_S)
         self._deliver(conn)
 
     def _deliver(self, conn: Connection) -> None:

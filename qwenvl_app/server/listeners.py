@@ -31,12 +31,33 @@ def owned_alone(sockets: Iterable[socket.socket], master: int) -> bool:
     While it has them, it starts, or has started, another worker to accept what comes. Without
     /proc the answer is no.
     """
-    ours = {os.fstat(sock.fileno()).st_ino for sock in sockets}
     try:
-        theirs = [entry.stat().st_ino for entry in Path(f"/proc/{master}/fd").iterdir()]
+        return not _has(master, sockets)
     except OSError:
         return False
-    return ours.isdisjoint(theirs)
+
+
+def held_by_others(sockets: Iterable[socket.socket], master: int) -> bool:
+    """Whether another worker of the master has these sockets, and will accept what comes."""
+    try:
+        children = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+    except OSError:
+        return False
+    for child in children:
+        with contextlib.suppress(OSError):  # it has ended
+            if int(child) != os.getpid() and _has(int(child), sockets):
+                return True
+    return False
+
+
+def _has(pid: int, sockets: Iterable[socket.socket]) -> bool:
+    """Whether a process has any of them. Raises OSError if that can't be seen."""
+    ours = {os.fstat(sock.fileno()).st_ino for sock in sockets}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since
+            if entry.stat().st_ino in ours:
+                return True
+    return False
 
 
 def mute(sock: socket.socket) -> None:

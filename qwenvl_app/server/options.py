@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from gunicorn.config import Config
 
+from qwenvl_app.settings import current
+
 _HTTP = "let the proxy in front speak HTTP/1.1 to this service"
 _TLS = (
     "terminate TLS in nginx (deploy/nginx.conf): a handshake here would hold up the one loop that "
@@ -16,9 +18,14 @@ def fault(cfg: Config) -> str | None:
 
     The loop finds out where a request ends before gunicorn's parser reads it (``framing.py``), and
     under these options that parser reads something else than HTTP/1.1, or without a bound. TLS
-    would have to be read by the loop too, and its records told apart there.
+    would have to be read by the loop too, and its records told apart there. The number of workers
+    has to be the setting's.
     """
     wrong = {
+        "workers": (
+            cfg.workers != current().workers,
+            "set QWENVL_WORKERS: a model can't be shared by several, and limits are divided by it",
+        ),
         "certfile": (cfg.certfile is not None, _TLS),
         "keyfile": (cfg.keyfile is not None, _TLS),
         "limit_request_line": (

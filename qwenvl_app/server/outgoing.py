@@ -54,13 +54,25 @@ class Outgoing(socket.socket):
     def __init__(self, accepted: socket.socket, unread: UnreadAnswers):
         super().__init__(fileno=accepted.detach())
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        self.unsent = bytearray()  # what the kernel has no room for
+        self.unsent = bytearray()  # what the kernel has no room for, or is held
+        self._holds = False
         self._unread = unread
+
+    def hold(self) -> None:
+        """Let the next ``sendall`` wait for the one after it, or ``flush``.
+
+        gunicorn sends the head of an answer by itself: a call more into the kernel, after which its
+        thread waits for the GIL, and a client that is woken up for nothing.
+        """
+        self._holds = True
 
     def sendall(self, data: ReadableBuffer, flags: int = 0, /) -> None:
         """Send ``data``, or keep it for ``flush``. Raises OSError if the client has gone."""
         self.unsent += data
-        self.flush(flags)
+        if self._holds:
+            self._holds = False
+        else:
+            self.flush(flags)
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """As ``sendall``. The kernel's own would wait, and overtake what is ``unsent``.

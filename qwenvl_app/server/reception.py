@@ -68,6 +68,11 @@ class Reception:
         """Those whose request waits for a thread."""
         return {*self._heads, *self._bodies}
 
+    @property
+    def unfinished(self) -> set[Connection]:
+        """Those of whose request a part is here, and who have read what they were answered."""
+        return {c for c in self.connections.watched if c.buffered and not c.sock.unsent}
+
     def accept(self, listener: socket.socket) -> None:
         """Take connections that are waiting, as long as there is room, and up to a number.
 
@@ -107,7 +112,7 @@ class Reception:
     def begin_stop(self) -> None:
         """Refuse all requests that are not whole."""
         self.stopping = True
-        for conn in [c for c in self.connections.watched if c.buffered and not c.sock.unsent]:
+        for conn in self.unfinished:
             self.refuse(conn, Unavailable.stopping(), "stopping")
 
     def last_orders(self) -> None:

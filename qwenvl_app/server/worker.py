@@ -23,7 +23,7 @@ from gunicorn.http import Request
 from gunicorn.http.errors import InvalidHeader
 from gunicorn.workers.gthread import ThreadWorker
 
-from qwenvl_app import process
+from qwenvl_app import process, sharing
 from qwenvl_app.errors import ServiceError
 from qwenvl_app.server import listeners, options
 from qwenvl_app.server.connection import Connection
@@ -177,6 +177,17 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._bodies -= conn.taken.has_body
         self.reception.finish(conn, is_last=fs.exception() is not None or not fs.result())
 
+    @property
+    def _begun(self) -> set[Connection]:
+        """Those of which a request is here, or a part that would not be refused."""
+        unfinished = set() if self.reception.stopping else self.reception.unfinished
+        return self._busy | self.reception.waiting | unfinished
+
+    def _refuse_the_rest(self) -> None:
+        if drain := hook(self.app.callable, "drain"):
+            drain()
+        self.reception.begin_stop()
+
     def _take_the_last(self) -> None:
         """Accept all who are connected, or about to be, and let nobody else connect."""
         for listener in self.sockets:
@@ -188,21 +199,29 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.wait_for_and_dispatch_events(0.01)
 
     def _stop(self, end: float) -> None:
-        """Answer what came before; what comes meanwhile the application refuses with 503."""
+        """Answer what came before; what comes meanwhile the application refuses with 503.
+
+        While the service goes on, in other workers, those have what comes, and here nobody is
+        refused who has begun to send.
+        """
         alone = listeners.owned_alone(self.sockets, self.ppid)
-        self._open = alone  # else another worker is there to accept
-        if drain := hook(self.app.callable, "drain"):
-            drain()
-        self.reception.begin_stop()
-        before = self._busy | self.reception.waiting
-        while before & (self._busy | self.reception.waiting) and time.monotonic() < end:
+        self._open = alone
+        if alone:
+            self._refuse_the_rest()
+        before = self._begun
+        while before & self._begun and time.monotonic() < end:
             self._turn()
         self._open = False
+        if not alone:
+            self._refuse_the_rest()
         self.set_accept_enabled(False)
-        if alone:
-            self._take_the_last()
-        for listener in self.sockets:
-            listener.close()
+        with (
+            sharing.one_at_a_time()
+        ):  # or of two that end together each would leave it to the other
+            if alone and not listeners.held_by_others(self.sockets, self.ppid):
+                self._take_the_last()
+            for listener in self.sockets:
+                listener.close()
         self.reception.last_orders()
         while self.reception.connections.all and time.monotonic() < end:
             self._turn()

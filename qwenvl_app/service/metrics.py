@@ -19,9 +19,10 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from qwenvl_app import process
+from qwenvl_app import process, sharing
 from qwenvl_app.generation import BackendStats, FinishReason, Phase, Status
 from qwenvl_app.service.admission import Admission
+from qwenvl_app.service.all_workers import AllWorkers
 from qwenvl_app.service.record import RequestRecord
 from qwenvl_app.version import VERSION
 
@@ -49,6 +50,7 @@ UNREAD = "unread"  # the route of requests that the worker itself refuses
 REASONS = {
     "bad_request": 400,
     "unauthorized": 401,
+    "model_not_found": 404,
     "key_limit": 429,
     "too_large": 413,
     "invalid_form": 422,
@@ -111,8 +113,11 @@ class Metrics:
             self._of_failure(status_code).labels(reason)
         for reason in LATE:
             self._failed.labels(reason)
-        self.registry.register(_Gauges(admission, status, stats))
-        ProcessCollector(registry=self.registry)
+        gauges, directory = _Gauges(admission, status, stats), sharing.directory()
+        self._all = AllWorkers(gauges, PREFIX, directory) if directory else None
+        if not self._all:
+            self.registry.register(gauges)
+            ProcessCollector(registry=self.registry)
 
     def count(self, record: RequestRecord, route: str, status: int, *, generates: bool) -> None:
         """Count one request, of a route that ``generates`` answers or of another. Once each.
@@ -140,8 +145,14 @@ class Metrics:
         self._of_failure(status).labels(reason).inc()
 
     def render(self) -> bytes:
-        """Everything, in Prometheus' text format 0.0.4."""
-        return prometheus_client.generate_latest(self.registry)
+        """Everything, of all workers, in Prometheus' text format 0.0.4."""
+        registry = self._all.registry if self._all else self.registry
+        return prometheus_client.generate_latest(registry)
+
+    def close(self) -> None:
+        """End the thread that several workers have. Any number of times."""
+        if self._all:
+            self._all.close()
 
     def _answered(self, record: RequestRecord) -> None:
         self._success.labels(record.finish_reason or FinishReason.STOP).inc()

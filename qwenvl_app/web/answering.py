@@ -65,7 +65,7 @@ class Answering:
         """Give back what is still held; what failed is not measured by the admission."""
         self.held.__exit__(kind, error, trace)
 
-    def fetch(self, urls: Mapping[str, str]) -> dict[str, bytes]:
+    def fetch(self, urls: Mapping[str, str], spent: int) -> dict[str, bytes]:
         """The pictures that are on other hosts; see ``Fetcher.fetch``. Raises ServiceError.
 
         Before ``admit``: a slow host holds no permit.
@@ -75,9 +75,7 @@ class Answering:
         require_ready(self._service.status())
         self._count()  # or one owner could fetch so much at once that nobody else may
         with self.record.stage("fetch"):
-            return self._service.fetcher.fetch(
-                urls, request.content_length or 0, self.deadline, self.request_id
-            )
+            return self._service.fetcher.fetch(urls, spent, self.deadline, self.request_id)
 
     def admit(self) -> None:
         """Take a permit. Raises ServiceError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 from flask import Flask, Response, current_app, g, request
 from gunicorn.http import errors as http
@@ -67,8 +68,18 @@ class InvalidParameter(ServiceError):
         self.param = param
 
 
+class UnknownModel(ServiceError):
+    """No model of this id is served. As OpenAI's own, whose code clients look at."""
+
+    status = 404
+    reason = "model_not_found"
+
+    def __init__(self) -> None:
+        super().__init__("No model of this id is served here; GET /v1/models has those that are.")
+
+
 # The routes whose errors are OpenAI's, and what those say in English, by reason.
-OPENAI_ROUTES = frozenset({"/v1/chat/completions", "/v1/models"})
+_OPENAI_ROUTES = re.compile("/v1/(chat/completions|models(/.*)?)", re.DOTALL)
 _ENGLISH = {
     "bad_request": "The request cannot be understood.",
     "unauthorized": "A valid API key is missing.",
@@ -129,7 +140,7 @@ def render(
 
 
 def _content(error: ServiceError, request_id: str, path: str) -> dict[str, object]:
-    if path in OPENAI_ROUTES:
+    if _OPENAI_ROUTES.fullmatch(path):
         return openai_error(error, request_id)
     if isinstance(error, InternalError):
         return {"detail": f"{INTERNAL_PREFIX}{error.detail}（请求编号 {request_id}）"}

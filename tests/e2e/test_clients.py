@@ -9,13 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import openai
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
@@ -40,6 +41,19 @@ def chain(server: Server, **options: Any) -> ChatOpenAI:
     return ChatOpenAI(base_url=f"{server.url}/v1", api_key="none", model="demo", **asked)
 
 
+def later(server: Server, ask: Callable[[ChatOpenAI], Awaitable[Any]]) -> Any:
+    """What ``ask`` gets on a loop of its own.
+
+    LangChain keeps its client of asyncio for good, with connections of a loop that has ended.
+    """
+
+    async def asked() -> Any:
+        async with openai.DefaultAsyncHttpxClient() as client:
+            return await ask(chain(server, http_async_client=client))
+
+    return asyncio.run(asked())
+
+
 def test_langchain_answers(server: Server):
     """In both its forms of a picture, and however much longer its answer might be."""
     for part in (OPENAIS, OWN):
@@ -59,10 +73,10 @@ def test_langchain_streams(server: Server):
         whole += piece
     assert (whole.content, whole.usage_metadata["output_tokens"]) == ("circle", 2)
 
-    async def later() -> str:
+    async def pieced(model: ChatOpenAI) -> str:
         return "".join([str(piece.content) async for piece in model.astream(asked)])
 
-    assert asyncio.run(later()) == "circle"
+    assert later(server, pieced) == "circle"
 
 
 def test_langchain_goes_on_with_a_conversation(server: Server):
@@ -80,6 +94,49 @@ def test_langchain_gets_what_a_schema_says(server: Server):
     for options in ({}, {"method": "json_schema"}, {"method": "json_schema", "strict": True}):
         model = chain(server).with_structured_output(Shape, **options)
         assert isinstance(model.invoke([HumanMessage([OWN, QUESTION])]), Shape)
+
+
+@tool
+def count(shape: Literal["circle", "triangle"], at: int) -> int:
+    """Count shapes."""
+    return at
+
+
+ONE = {"tool_choice": "count", "parallel_tool_calls": False}  # the small model would go on and on
+
+
+def summed(pieces: Iterator[Any]) -> Any:
+    whole, *rest = pieces
+    for piece in rest:
+        whole += piece
+    return whole
+
+
+def test_langchain_calls_tools(server: Server):
+    """Whole, streamed and later; and the messages of calls and results come back."""
+    asked = [HumanMessage([OWN, QUESTION])]
+    bound = chain(server).bind_tools([count], **ONE)
+    pieces = list(bound.stream(asked))
+    assert len([piece for piece in pieces if piece.tool_call_chunks]) > 3
+    called = later(server, lambda model: model.bind_tools([count], **ONE).ainvoke(asked))
+    answers = [bound.invoke(asked), summed(iter(pieces)), called]
+    for answer in answers:
+        (call,) = answer.tool_calls
+        assert call["name"] == "count"
+        assert call["args"] == answers[0].tool_calls[0]["args"]
+        assert (answer.content, answer.invalid_tool_calls) == ("", [])
+        assert answer.response_metadata["finish_reason"] == "tool_calls"
+        result = count.invoke(call)
+        assert isinstance(result, ToolMessage)
+        then = chain(server, max_tokens=4).bind_tools([count])
+        assert then.invoke([*asked, answer, result]).usage_metadata["output_tokens"] == 4
+    strict = chain(server).bind_tools([count], strict=True, **ONE)
+    assert strict.invoke(asked).tool_calls[0]["args"].keys() == {"shape", "at"}
+
+
+def test_langchain_gets_a_schema_by_a_tool(server: Server):
+    model = chain(server).with_structured_output(Shape, method="function_calling")
+    assert isinstance(model.invoke([HumanMessage([OWN, QUESTION])]), Shape)
 
 
 def test_langchain_is_told_what_is_refused(server: Server):
@@ -132,6 +189,14 @@ def test_vercels_package(server: Server, made: dict[str, dict[str, Any]], provid
     assert calls["turns"]["cachedInputTokens"] > 0
     assert Shape.model_validate(calls["object"])
     assert calls["options"] == "circle"
+    whole, streamed = calls["tools"]["whole"], calls["tools"]["stream"]
+    for called in (whole, streamed):
+        (call,) = called["calls"]
+        assert (call["name"], called["finish"]) == ("count", "tool-calls")
+        assert call["input"].keys() == {"shape", "at"}
+    assert whole["calls"] == streamed["calls"]
+    assert streamed["deltas"] > 3
+    assert (calls["tools"]["results"], calls["tools"]["next"]) == ([call["input"]["at"]], 4)
     refused = {"error": "AI_APICallError", "status": 400}
     assert calls["refused"] == {**refused, "message": "reasoning_effort: it is not supported"}
     assert calls["aborted"] is True
@@ -147,12 +212,16 @@ def examples() -> Iterator[tuple[str, str, str]]:
         for word in ("requests.post", "import OpenAI", "langchain_openai", "streamText"):
             if word in text:
                 yield word, language, text
+        if "import OpenAI" in text:
+            client = text
+        if "tools=[weather]" in text:  # it goes on with the client of the one before
+            yield "tools=[weather]", language, client + text
 
 
 def test_the_examples_of_the_page(server: Server, node: Path):
     """As they stand, but for the address. What they print stands beside them."""
     found = list(examples())
-    assert len(found) == 4
+    assert len(found) == 5
     for word, language, text in found:
         here = text.replace("http://127.0.0.1:8000", server.url)
         assert here != text

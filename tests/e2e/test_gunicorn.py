@@ -229,6 +229,10 @@ OPTIONS = [
     ),
     (("--protocol", "uwsgi"), "let the proxy in front speak HTTP/1.1 to this service"),
     (("--keyfile", "README.md"), TLS),
+    (
+        ("--workers", "2"),
+        "set QWENVL_WORKERS: a model can't be shared by several, and limits are divided by it",
+    ),
 ]
 
 
@@ -286,7 +290,10 @@ def test_the_configuration_serves_other_applications(tmp_path: Path, name: str, 
 
 
 def test_settings_are_read_at_the_start_and_at_a_reload(tmp_path: Path):
-    """By the master alone: what a later worker would read might not fit the master's threads."""
+    """By the master alone: what a later worker would read might not fit the master's threads.
+
+    A reload with a setting that is wrong is none; it ended the master, and with it the service.
+    """
     file = tmp_path / "settings.toml"
     file.write_text("max_prompt_chars = 1\n")
     with Server(tmp_path / "log", FAKE, QWENVL_CONFIG=str(file)) as server:
@@ -298,6 +305,13 @@ def test_settings_are_read_at_the_start_and_at_a_reload(tmp_path: Path):
         until(lambda: server.workers not in ([], [first]), 30)
         server.wait()
         assert post(server.port, GOOD).status == 413
+        second = server.worker
+        file.write_text('max_prompt_chars = "many"\n')
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "no reload, the workers go on" in server.log.read_text(), 30)
+        assert "setting 'max_prompt_chars'" in server.log.read_text()
+        assert (server.worker, post(server.port, GOOD).status) == (second, 413)
+        file.write_text("max_prompt_chars = 1000\n")
         server.process.send_signal(signal.SIGHUP)
         until(lambda: post(server.port, GOOD).status == 200, 30)
 

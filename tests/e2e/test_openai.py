@@ -47,6 +47,7 @@ def test_an_answer(client):
     assert choice.logprobs.content[0].logprob <= 0
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.models.retrieve("demo").object == "model"
 
 
 def test_a_stream(client):
@@ -125,8 +126,9 @@ def test_errors_are_what_the_package_raises(client):
     odd = {"name": "x", "schema": {"type": "array", "contains": {"type": "null"}}}
     with pytest.raises(openai.BadRequestError, match="contains"):
         create(client, response_format={"type": "json_schema", "json_schema": odd})
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("none")
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.models.retrieve("none/of that name")
+    assert missing.value.code == "model_not_found"
 
 
 def endless(client: openai.OpenAI, request_id: str, **options):

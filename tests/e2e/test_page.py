@@ -99,7 +99,7 @@ def test_a_picture_two_questions_and_the_status_in_chinese(browser: Browser, ser
         ask(page, "是什么颜色？")
         until(lambda: len(answers(page)) == 2, 20)
         assert "红" in answers(page)[1]
-        assert "其中已缓存" in page.locator("article.assistant .times").nth(1).inner_text()
+        assert "其中记得" in page.locator("article.assistant .times").nth(1).inner_text()
         page.get_by_role("button", name="运行状态").click()
         expect(page.locator("#figures")).to_contain_text("0 / 4")
         expect(page.locator("#figures")).to_contain_text("16,")  # tokens that the KV cache may hold
@@ -150,7 +150,7 @@ def test_pictures_of_several_turns(page: Page):
 
 
 def test_large_photos_are_shrunk_if_asked(page: Page):
-    page.get_by_label("Shrink large ones").check()
+    page.get_by_label("Make large pictures smaller").check()
     drop(page, png(4096, 1024))
     ask(page, "size?")
     until(lambda: answers(page) == ["2048 x 512, 1 messages"], 10)
@@ -177,7 +177,7 @@ def test_marks_lie_where_the_answer_says(page: Page):
 
 
 def test_errors_are_said_and_the_question_is_kept(page: Page, scripted: Server, browser: Browser):
-    problem = page.get_by_role("alert")
+    problem = page.locator("#problem")
     ask(page, "what?")
     expect(problem).to_have_text("Add a picture first.")
     drop(page, b"no picture at all")
@@ -201,12 +201,51 @@ def test_errors_are_said_and_the_question_is_kept(page: Page, scripted: Server, 
         expect(problem).to_contain_text("busy")
         other.get_by_role("button", name="Stop").click()
         expect(other.locator("article.assistant .times")).to_contain_text("Stopped")
+
+
+def test_a_wrong_key_is_told_beside_its_field(page: Page):
+    key, problem = page.get_by_label("This service asks for an API key"), page.locator("#problem")
     page.evaluate("sessionStorage.setItem('key', 'wrong')")
     page.reload()
+    expect(key).to_be_focused()
+    expect(key).to_have_accessible_description("The API key is missing or wrong.")
     drop(page, png(10, 10))
     ask(page, "size?")
-    expect(problem).to_contain_text("API key")
-    expect(page.locator("#access")).to_be_visible()
+    expect(page.locator("article")).to_have_count(0)
+    expect(key).to_be_focused()
+    expect(key).to_be_in_viewport()
+    expect(problem).to_be_empty()
+    assert violations(page) == []
+    page.keyboard.type(KEY)
+    page.keyboard.press("Enter")
+    expect(key).to_be_hidden()
+    question = page.get_by_role("textbox", name="Ask something")
+    expect(question).to_be_focused()
+    expect(question).to_have_value("size?")
+    page.keyboard.press("Enter")
+    until(lambda: answers(page) == ["10 x 10, 1 messages"], 10)
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+def test_the_status_leaves_the_answer_in_view(page: Page, width: int):
+    page.set_viewport_size({"width": width, "height": 800})
+    for number in range(4):  # more than a window of them
+        drop(page, png(300, 300))
+        ask(page, "size?")
+        expect(page.locator("article.assistant footer:visible")).to_have_count(number + 1)
+    answer = page.locator("article.assistant .text").last
+    before = answer.bounding_box()
+    page.get_by_role("button", name="Status").click()
+    expect(page.locator("#figures div")).to_have_count(6)
+    expect(page.locator("#status")).to_be_in_viewport(ratio=1)
+    assert answer.bounding_box() == before
+    middle = answer.evaluate(
+        "(one) => { const box = one.getBoundingClientRect();"
+        " return document.elementFromPoint(box.x + 2, box.y + box.height / 2) === one; }"
+    )
+    assert middle, "something lies over the answer"
+    hints = page.locator("article.assistant .times li").last.get_attribute("title")
+    assert hints and "token" in hints
 
 
 def test_the_keyboard_alone(browser: Browser, server: Server):

@@ -86,7 +86,7 @@ def test_every_token_is_that_of_generate(wild, gpus, attention, chunk, prefix):
     "family",
     [
         family
-        if family in ("qwen3_vl", "qwen3_5")
+        if family == "qwen3_5"  # qwen3_vl is what all others here are about
         else pytest.param(family, marks=pytest.mark.slow)
         for family in FAMILIES
     ],
@@ -157,7 +157,7 @@ def test_a_token_costs_few_waits(wild, gpus):
     image = Image.new("RGB", (64, 64), "red")
 
     def waits(**sampling: float) -> float:
-        options = {"ignore_eos": True, "max_new_tokens": 40, "stream": True, **sampling}
+        options = {"ignore_eos": True, "max_new_tokens": 16, "stream": True, **sampling}
         sequences = [engine.submit(request(image, **options)) for _ in range(2)]
         answers = [iter(sequence) for sequence in sequences]
         for answer in answers:

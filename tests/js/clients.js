@@ -37,6 +37,35 @@ async function streamed(model) {
   return { text: pieces.join(""), usage: await result.usage, finish: await result.finishReason };
 }
 
+const count = {
+  description: "Count shapes.",
+  inputSchema: z.object({ shape: z.enum(["circle", "triangle"]), at: z.int() }),
+};
+
+function told(calls, finish) {
+  return { calls: calls.map((call) => ({ name: call.toolName, input: call.input })), finish };
+}
+
+async function tools(model, name) {
+  // Each provider's own word for it; the small model would call for ever.
+  const few = { openai: { parallelToolCalls: false }, qwenvl: { parallel_tool_calls: false } };
+  const asked = { model, temperature: 0, maxRetries: 0, providerOptions: { [name]: few[name] } };
+  const one = { ...asked, messages, toolChoice: { type: "tool", toolName: "count" } };
+  const result = streamText({ ...one, tools: { count } });
+  let deltas = 0;
+  for await (const part of result.fullStream) deltas += part.type === "tool-input-delta";
+  // The package runs the tool, and its messages hold call and result.
+  const whole = await generateText({ ...one, tools: { count: { ...count, execute: ({ at }) => at } } });
+  const next = [...messages, ...whole.response.messages];
+  const then = await generateText({ ...asked, messages: next, tools: { count }, maxOutputTokens: 4 });
+  return {
+    whole: told(whole.toolCalls, whole.finishReason),
+    stream: { ...told(await result.toolCalls, await result.finishReason), deltas },
+    results: whole.toolResults.map((each) => each.output),
+    next: then.usage.outputTokens,
+  };
+}
+
 async function aborted(model, endless) {
   const leaving = new AbortController();
   let ended = false;
@@ -71,6 +100,7 @@ async function calls(model, name) {
       const penalties = { presencePenalty: 0, frequencyPenalty: 0, stopSequences: ["!"] };
       return (await generateText({ ...asked, ...options, ...penalties })).text;
     }),
+    tools: await attempt(() => tools(model, name)),
     // `ignore_eos` is not OpenAI's: only the compatible provider sends what it does not know.
     aborted: await attempt(() =>
       aborted(model, { id: `js-${name}`, options: { qwenvl: { ignore_eos: true } } }),

@@ -58,7 +58,7 @@ class RemoteBackend:
         body = body_of(request, settings.remote_model, settings.max_new_tokens)
         self.budget.earn()
         ends = request.deadline or began + settings.request_timeout_s
-        return RemoteGeneration(self, body, request.request_id, began, ends)
+        return RemoteGeneration(self, request, body, began, ends)
 
     def close(self) -> None:
         """See ``backends.Backend``."""

@@ -13,12 +13,15 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from http.client import RemoteDisconnected
 from typing import Any
 from urllib.parse import urlsplit
 
 from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPSConnectionPool, Timeout
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ProtocolError
 
+_CLOSED = (RemoteDisconnected, ConnectionResetError, BrokenPipeError)  # without an answer
 CONNECT_S = 3.0  # also of a TLS handshake
 
 _current = threading.local()
@@ -33,6 +36,7 @@ class Exchange:
     def __init__(self, ends: float):
         self.ends = ends
         self.aborted = False
+        self.kept = False  # it goes over a connection that served another before
         self._lock = threading.Lock()
         self._connection: _Abortable | None = None
 
@@ -54,7 +58,26 @@ class Exchange:
         headers: Mapping[str, str],
         body: Iterable[bytes] | None = None,
     ) -> BaseHTTPResponse:
-        """Send it and wait for the head of the answer. Raises ``failures.TRANSPORT``."""
+        """Send it and wait for the head of the answer. Raises ``failures.TRANSPORT``.
+
+        A server may close a connection that was kept as it is used again, which says nothing about
+        the server: the request goes over another (RFC 9112, section 9.3.1).
+        """
+        while True:
+            try:
+                return self._send(pool, method, path, headers, body)
+            except ProtocolError as error:
+                if self.aborted or not (self.kept and isinstance(error.args[-1], _CLOSED)):
+                    raise
+
+    def _send(
+        self,
+        pool: HTTPConnectionPool,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: Iterable[bytes] | None,
+    ) -> BaseHTTPResponse:
         _current.exchange = self
         try:
             return pool.urlopen(
@@ -101,12 +124,12 @@ class _Abortable(HTTPConnection):
     def connect(self) -> None:
         """On the exchange's thread."""
         super().connect()
-        self._begin()
+        self._begin(kept=False)
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         """On the exchange's thread, over a new connection or one that was idle."""
         if self.sock is not None:
-            self._begin()
+            self._begin(kept=True)
         super().request(*args, **kwargs)
 
     def cut(self, owner: Exchange) -> None:
@@ -115,13 +138,14 @@ class _Abortable(HTTPConnection):
             with suppress(OSError):
                 socket.socket.shutdown(self._cuttable, socket.SHUT_RDWR)
 
-    def _begin(self) -> None:
+    def _begin(self, *, kept: bool) -> None:
         exchange: Exchange | None = getattr(_current, "exchange", None)
         if exchange:
             # Or a large body had to be sent within the time for connecting.
             self.timeout = exchange.patience
             self.sock.settimeout(exchange.patience)
             self._cuttable = self.sock
+            exchange.kept = kept
             exchange.use(self)
 
 

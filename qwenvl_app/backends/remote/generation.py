@@ -21,11 +21,12 @@ from qwenvl_app.backends.remote.failures import (
     of_status,
     of_transport,
 )
+from qwenvl_app.backends.remote.repetition import Repetition
 from qwenvl_app.backends.remote.request import Body
 from qwenvl_app.backends.remote.stream import AnswerReader, events
 from qwenvl_app.backends.remote.upstreams import Upstream
 from qwenvl_app.errors import DeadlineExceeded, ServiceError
-from qwenvl_app.generation import Delta, FinishReason, Timings
+from qwenvl_app.generation import Delta, FinishReason, GenerationRequest, Timings
 
 if TYPE_CHECKING:
     from qwenvl_app.backends.remote.backend import RemoteBackend
@@ -41,9 +42,15 @@ class RemoteGeneration:
     """One answer; see ``backends.Generation``."""
 
     def __init__(
-        self, backend: RemoteBackend, body: Body, request_id: str, began: float, ends: float
+        self,
+        backend: RemoteBackend,
+        request: GenerationRequest,
+        body: Body,
+        began: float,
+        ends: float,
     ):
-        self._backend, self._body, self._id = backend, body, request_id
+        self._backend, self._body, self._id = backend, body, request.request_id
+        self._repetition = Repetition(request.sampling.repetition_limit)
         self._began, self._ends = began, ends
         self._prepared = self._sent = time.monotonic()
         self._first: float | None = None  # when the first delta came
@@ -170,9 +177,14 @@ class RemoteGeneration:
                 upstream.has_begun(exchange)
                 self._body = Body((), None)  # it won't be sent again, and may be large
             yield delta
+            if self._repetition.add(delta.text + delta.reasoning):
+                reader.finish = FinishReason.REPETITION
+                exchange.abort()  # or it would go on, and cost
+                break
         if reader.finish is None:
             raise broken("half a stream")
-        self._drain(exchange, response)
+        if not exchange.aborted:
+            self._drain(exchange, response)
         upstream.succeeded()
         yield Delta("", reader.finish, reader.usage, self._timings(last))
 

@@ -23,8 +23,9 @@ _PROBE_TIMEOUT_S = 5.0
 _LONGEST_LIST = 2**20  # bytes of a list of models
 _PATIENCE = 2  # probes in a row that fail before those who wait there are sent elsewhere
 _FIRST_REST_S, _LONGEST_REST_S = 0.5, 30.0
-# Of the mean load, what a picture's favourite may have (bounded loads, arXiv:1608.01350).
-_SHARE = 1.25
+# Of the mean load, what a picture's favourite may have (bounded loads, arXiv:1608.01350), and what
+# it may have in any case: among few requests one more is no overload (benchmarks/affinity.py).
+SHARE, FLOOR = 1.25, 4.0
 
 
 class Upstream:
@@ -103,8 +104,7 @@ class Upstream:
 class Upstreams:
     """All of them, with a thread each that probes it every ``probe_s`` seconds.
 
-    One that is unwell is asked more often at first, then more seldom. ``status`` says how it is
-    with all together.
+    One that is unwell is asked more often at first, then more seldom. ``status`` is of all.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class Upstreams:
         probe_s: float,
     ):
         self.all = [Upstream(url, connections) for url in dict.fromkeys(urls)]
-        self._model, self._headers, self._alarm = model, dict(headers), alarm
-        self._probe_s = probe_s
+        self._model, self._headers = model, dict(headers)
+        self._alarm, self._probe_s = alarm, probe_s
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._status = Status(Phase.LOADING, "asking the upstreams")
@@ -148,7 +148,7 @@ class Upstreams:
             if affinity is not None:
                 favourite = max(group, key=lambda each: each.weight(affinity))
                 mean = (sum(each.running for each in group) + 1) / len(group)
-                if favourite.running + 1 <= max(1.0, _SHARE * mean) + 1:
+                if favourite.running + 1 <= max(FLOOR, SHARE * mean) + 1:
                     return favourite
             return min(group, key=lambda each: (each.running, random.random()))
         return None

@@ -22,7 +22,36 @@ _COMMAS = 200_000
 _KEYS = 10_000
 # From this size on, in bytes, bodies are read one at a time.
 _LARGE = 2**18
-_turn = threading.Lock()
+
+
+class Turn:
+    """A lock whose waiters give up when their client leaves."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self.taken = False
+
+    def take(self, deadline: Deadline) -> bool:
+        """Wait until nobody has it; whether it is had now. If not, nobody wants the answer."""
+        with deadline.on_leaving(self._wake), self._changed:
+            self._changed.wait_for(
+                lambda: not (self.taken and deadline.wants_answer), deadline.remaining
+            )
+            free, self.taken = not self.taken, True
+            return free
+
+    def give_back(self) -> None:
+        """To be called by who has it."""
+        with self._changed:
+            self.taken = False
+            self._changed.notify()  # who gives up at the same time takes it and gives it back
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+turn = Turn()
 
 
 @contextmanager
@@ -36,17 +65,20 @@ def in_turn(request: Request, deadline: Deadline) -> Iterator[None]:
     if length is not None and length < _LARGE:
         yield
         return
-    has_turn = _turn.acquire(timeout=deadline.remaining)
+    has_turn = turn.take(deadline)
     try:
         deadline.check()
         yield
     finally:
         if has_turn:
-            _turn.release()
+            turn.give_back()
 
 
-def read_json(request: Request) -> dict[str, Any]:
-    """The object that is the body. Raises InvalidParameter; over MAX_CONTENT_LENGTH Flask's 413."""
+def read_json(request: Request) -> tuple[dict[str, Any], int]:
+    """The object that is the body, and the bytes that it came in.
+
+    Raises InvalidParameter; over MAX_CONTENT_LENGTH Flask's 413.
+    """
     if request.mimetype != "application/json":
         raise InvalidParameter("The Content-Type has to be application/json.")
     if request.mimetype_params.get("charset", "utf-8").lower() not in ("utf-8", "utf8"):
@@ -69,7 +101,7 @@ def read_json(request: Request) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidParameter("The body has to be a JSON object.")
     _check(value)
-    return value
+    return value, len(data)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

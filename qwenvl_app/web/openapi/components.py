@@ -147,6 +147,6 @@ def _error(status: int) -> Json:
 
 
 def _chat_error(status: int) -> Json:
-    """OpenAI's form; what the worker refuses before it has the whole request has the other."""
-    content = json_of(schema_of(chat_answers.ChatError, answers.Error), example=examples.CHAT_ERROR)
+    """OpenAI's form, in which the worker refuses too what it knows to be for these routes."""
+    content = json_of(schema_of(chat_answers.ChatError), example=examples.CHAT_ERROR)
     return _error(status) | {"content": content}

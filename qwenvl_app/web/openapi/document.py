@@ -6,6 +6,8 @@ import json
 from functools import cache
 from typing import Any
 
+from pydantic import BaseModel
+
 from qwenvl_app.version import VERSION
 from qwenvl_app.web.chat.schema import ChatRequest
 from qwenvl_app.web.openapi import answers, chat_answers, examples
@@ -26,10 +28,10 @@ _KEY: list[Json] = [{"key": []}, {}]  # or none: where no keys are set
 _ABOUT = """Ask questions about pictures. 就图片提问。
 
 Every answer has `X-Request-ID`: the client's own, if it sent a sane one. A 503 has `Retry-After`, in seconds.
-Errors have a `detail`, in Chinese; those of `/v1/chat/completions` and `/v1/models` are OpenAI's, in English.
+Errors have a `detail`, in Chinese; those of `/v1/chat/completions` and `/v1/models...` are OpenAI's, in English.
 
 每个响应都带 `X-Request-ID`。503 带有以秒为单位的 `Retry-After`，请等待后重试。
-错误含中文的 `detail`；`/v1/chat/completions` 与 `/v1/models` 的错误采用 OpenAI 的格式，文字为英文。"""  # noqa: E501
+错误含中文的 `detail`；`/v1/chat/completions` 与 `/v1/models...` 的错误采用 OpenAI 的格式，文字为英文。"""  # noqa: E501
 
 
 @cache
@@ -117,17 +119,27 @@ def _chat() -> Json:
             "content": json_of(schema_of(ChatRequest), examples=examples.CHAT_QUESTION),
         },
     )
-    listed = {
-        "200": response("The one model. 唯一的模型。", json_of(schema_of(chat_answers.ModelList)))
+    return {"/v1/chat/completions": {"post": post}} | _models()
+
+
+def _models() -> Json:
+    def got(name: str, summary: str, schema: type[BaseModel]) -> Json:
+        answer = {"200": response("The one model. 唯一的模型。", json_of(schema_of(schema)))}
+        refused = _refs(WITH_KEY, "chatError")
+        return {"get": _operation(name, "chat", summary, answer | refused, security=_KEY)}
+
+    named = {
+        "name": "model_id",
+        "in": "path",
+        "required": True,
+        "description": "With `/` as `%2F`, or as it is. 其中的 `/` 可以写作 `%2F`。",
+        "schema": {"type": "string", "minLength": 1},
+        "example": "demo",
     }
-    get = _operation(
-        "models",
-        "chat",
-        "The model that is served. 所服务的模型。",
-        listed | _refs(WITH_KEY, "chatError"),
-        security=_KEY,
-    )
-    return {"/v1/chat/completions": {"post": post}, "/v1/models": {"get": get}}
+    listed = got("models", "The model that is served. 所服务的模型。", chat_answers.ModelList)
+    one = got("model", "The same by its id. 按编号查询。", chat_answers.Model)
+    one["get"]["parameters"].append(named)
+    return {"/v1/models": listed, "/v1/models/{model_id}": one}
 
 
 def _ops() -> Json:

@@ -1,11 +1,11 @@
 // The page: pictures in, questions out, answers as they come.
 
-import { answer, model, phase, Refused, setKey } from "./api.js";
+import { answer, hasKey, model, phase, Refused, setKey } from "./api.js";
 import { draw, marks } from "./boxes.js";
 import { dataURL, shrunk } from "./pictures.js";
 import { curl, python } from "./recipes.js";
 import { toggle } from "./status.js";
-import { translate, word } from "./words.js";
+import { hint, translate, word } from "./words.js";
 
 const $ = (selector) => document.querySelector(selector);
 const [log, question, problem] = [$("#log"), $("#question"), $("#problem")];
@@ -23,11 +23,20 @@ know();
 async function know() {
   try {
     name = await model();
-    $("#access").hidden = true;
+    askForKey(null);
   } catch (error) {
-    $("#access").hidden = error.code !== "unauthorized";
+    askForKey(error.code === "unauthorized" ? error : null);
   }
   $("#demo").hidden = name !== "demo";
+}
+
+// Shows the key's field, and beside it what was wrong with the key; hides both without an error.
+function askForKey(error) {
+  const wrong = error !== null && hasKey();
+  $("#access").hidden = error === null;
+  $("#key-problem").textContent = wrong ? explain(error) : "";
+  $("#key").setAttribute("aria-invalid", String(wrong));
+  if (wrong) $("#key").focus();
 }
 
 // The phase, in the header: every second until it is ready, then every ten.
@@ -92,7 +101,7 @@ async function ask() {
   }
   running = new AbortController();
   busy(true);
-  let asked, answering;
+  let asked, answering, refused;
   try {
     const sent = $("#shrink").checked ? await Promise.all(files.map(shrunk)) : files;
     const turn = { role: "user", text, files: sent, urls: await Promise.all(sent.map(dataURL)) };
@@ -110,13 +119,14 @@ async function ask() {
     attached.splice(0, attached.length, ...files); // to be asked again
     showAttached();
     question.value = text;
-    problem.textContent = explain(error);
-    if (error.code === "unauthorized") $("#access").hidden = false;
+    refused = error;
   } finally {
     running = null;
     busy(false);
-    question.focus();
   }
+  question.focus();
+  if (refused?.code === "unauthorized") askForKey(refused);
+  else if (refused) problem.textContent = explain(refused);
 }
 
 // Shows an answer while it comes, and keeps both turns once there is any of it.
@@ -171,18 +181,20 @@ const time = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixe
 // How long each stage took, and the buttons that copy.
 function tell(article, messages, { whole, first, usage, finish, timings, written }) {
   const facts = [];
-  if (finish === "stopped" || finish === "length") facts.push(word(finish === "stopped" ? "stopped" : "cut"));
-  if (first !== null) facts.push(`${word("first")} ${time(first)}`);
-  facts.push(`${word("whole")} ${time(whole)}`);
+  const add = (name, value = "") =>
+    facts.push(Object.assign(document.createElement("li"), { textContent: `${word(name)} ${value}`, title: hint(name) }));
+  if (finish === "stopped" || finish === "length") add(finish === "stopped" ? "stopped" : "cut");
+  if (first !== null) add("first", time(first));
+  add("whole", time(whole));
   for (const stage of ["queue", "image", "preprocess", "prefill"]) {
-    if (timings[`${stage}_ms`] >= 0.5) facts.push(`${word(stage)} ${time(timings[`${stage}_ms`])}`);
+    if (timings[`${stage}_ms`] >= 0.5) add(stage, time(timings[`${stage}_ms`]));
   }
   if (usage) {
     const known = usage.prompt_tokens_details.cached_tokens;
-    facts.push(`${word("read")} ${usage.prompt_tokens}${known ? ` (${word("known")} ${known})` : ""}`);
-    facts.push(`${word("written")} ${usage.completion_tokens}`);
+    add("read", `${usage.prompt_tokens}${known ? ` (${word("known")} ${known})` : ""}`);
+    add("written", usage.completion_tokens);
   }
-  article.querySelector(".times").append(...facts.map((textContent) => Object.assign(document.createElement("li"), { textContent })));
+  article.querySelector(".times").append(...facts);
   const copies = { [word("copy")]: written };
   const asked = messages.at(-1);
   if (messages.length === 1 && asked.files.length === 1) copies.curl = curl(asked);
@@ -247,7 +259,7 @@ $("#access").addEventListener("submit", (event) => {
   event.preventDefault();
   setKey($("#key").value);
   problem.textContent = "";
-  know();
+  know().then(() => $("#access").hidden && question.focus());
 });
 for (const id of ["#choose", "#photo"]) {
   $(id).addEventListener("change", (event) => {

@@ -1,7 +1,7 @@
 // What the service is doing, from /metrics, for who has no Grafana.
 
 import { metrics } from "./api.js";
-import { word } from "./words.js";
+import { hint, word } from "./words.js";
 
 const EVERY_MS = 2000;
 const KEPT = 60; // two minutes
@@ -33,7 +33,7 @@ function show(now, rate) {
     refused: refusals(now),
   };
   document.querySelector("#figures").replaceChildren(...Object.entries(rows).map(([name, value]) => {
-    const row = document.createElement("div");
+    const row = Object.assign(document.createElement("div"), { title: hint(name) });
     row.append(
       Object.assign(document.createElement("dt"), { textContent: word(name) }),
       Object.assign(document.createElement("dd"), { textContent: value }),
