@@ -13,8 +13,8 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,7 +31,7 @@ SIZES = {"full": parts.FULL, "quick": parts.QUICK, "smallest": parts.SMALLEST}
 
 def measured(
     size: parts.Size, only: list[str], settings: list[str], peers: list[Peer]
-) -> Iterator[Row]:
+) -> Generator[Row]:
     """Rows of all parts that ``only`` names, all if it names none."""
     rng = random.Random()
 
@@ -58,6 +58,13 @@ def measured(
                 yield {"part": "slots"} | row
 
 
+def dumped(results: Row) -> str:
+    """JSON, a line for each row."""
+    head = json.dumps(results | {"rows": []}, ensure_ascii=False).removesuffix("]}")
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in results["rows"])
+    return f"{head}\n{rows}\n]}}\n"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -70,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = [*parts.DEMO, *parts.LONG, "slots"]
     parser.add_argument("--only", nargs="*", choices=names, default=[])
     parser.add_argument("--into", type=Path, default=Path("benchmarks"), help="of RESULTS.md")
+    parser.add_argument("--minutes", type=float, default=30, help="after which it ends")
     parser.add_argument("--again", action="store_true", help="from results.json, nothing measured")
     parser.set_defaults(size="full")
     chosen = parser.parse_args(arguments)
@@ -79,11 +87,16 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         began = time.monotonic()
         results = {"date": f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC", "machine": machine()}
-        results |= {"size": chosen.size, "rows": []}
-        for row in measured(SIZES[chosen.size], chosen.only, chosen.compile, chosen.peers):
-            results["rows"].append(row)
-            results["minutes"] = round((time.monotonic() - began) / 60, 1)
-            stored.write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
+        results |= {"size": chosen.size, "minutes": 0.0, "rows": []}
+        size = SIZES[chosen.size]
+        with closing(measured(size, chosen.only, chosen.compile, chosen.peers)) as rows:
+            for row in rows:
+                results["rows"].append(row)
+                results["minutes"] = round((time.monotonic() - began) / 60, 1)
+                stored.write_text(dumped(results), encoding="utf-8")
+                if results["minutes"] > chosen.minutes:
+                    print(f"{chosen.minutes} minutes are gone: the rest is left out")
+                    break
     drawn = draw(results["rows"], chosen.into)
     write(results, drawn, chosen.into / "RESULTS.md")
     print(f"{chosen.into / 'RESULTS.md'}, after {results['minutes']} minutes")

@@ -27,12 +27,13 @@ class Size:
     """How much is measured: ``blocks`` at most, and at least one, within ``seconds`` of a cell."""
 
     clients: tuple[int, ...] = (1, 2, 4, 8, 16)
-    blocks: int = 8
+    blocks: int = 6
     questions: int = 48  # of easy-VQA in a block
     seconds: float = 40.0
     tokens: int = 256
     replaced_clients: tuple[int, ...] = (1, 4)  # more only wait there
-    paired_clients: tuple[int, ...] = (1, 4)  # whose long answers have three blocks, not one
+    paired_clients: tuple[int, ...] = (1, 4)  # whose long answers have more blocks than one
+    long_blocks: int = 3
     longest: int = 1024
     shares: tuple[float, ...] = (0.5, 0.8, 0.95)  # of capacity
     arriving_s: float = 20.0
@@ -48,6 +49,7 @@ QUICK = replace(
     FULL,
     clients=(1, 4),
     blocks=2,
+    long_blocks=1,
     tokens=64,
     longest=256,
     shares=(0.8,),
@@ -88,7 +90,7 @@ def questions_of_easy_vqa(size: Size, them: list[Contender], rng: random.Random)
 def long_answers(size: Size, them: list[Contender], rng: random.Random) -> Iterator[Row]:
     """Answers of so many tokens, as a whole: the rates."""
     for clients in size.clients:
-        blocks = 3 if clients in size.paired_clients else 1
+        blocks = size.long_blocks if clients in size.paired_clients else 1
         title = f"{size.tokens} tokens, {clients} client(s)"
         for block in repeat(blocks, 2 * size.seconds, title):
             for each in _able(size, them, clients):
@@ -101,7 +103,7 @@ def streams(size: Size, them: list[Contender], rng: random.Random) -> Iterator[R
     """The same piece by piece: time to the first token and between tokens."""
     for clients in size.clients:
         for each in _able(size, them, clients):
-            asked = [noise(rng, 128, size.tokens) for _ in range(max(4, clients))]
+            asked = [noise(rng, 128, size.tokens) for _ in range(max(3, clients))]
             yield clients_at_once(each, asked, clients, stream=True)
 
 
@@ -176,7 +178,7 @@ def slots(size: Size, checkpoint: str, rng: random.Random) -> Iterator[Row]:
         with ExitStack() as stack:
             name = f"{count} slot(s)"
             service = who.ours(stack, name, checkpoint, QWENVL_MAX_CONCURRENCY=str(count))
-            for tokens in (4, size.tokens):  # the first ones warm up
+            for tokens in (4, size.tokens // 2):  # the first ones warm up
                 asked = [noise(rng, 128, tokens) for _ in range(max(size.slots))]
                 row = clients_at_once(service, asked, len(asked), stream=True)
             yield row | {"slots": count}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -21,45 +22,11 @@ def draw(rows: list[Row], folder: Path) -> dict[str, str]:
     colors = {name: f"C{number}" for number, name in enumerate(names(rows))}
     (folder / "plots").mkdir(exist_ok=True)
     drawn = {}
-    figures: list[tuple[str, str, tuple[str, ...], list[Callable[[Axes], None]]]] = [
-        (
-            "clients.svg",
-            texts.COST_OF_CLIENTS,
-            ("easy-VQA", "long"),
-            [
-                lambda axis: _rates(axis, rows, "easy-VQA", "answered", "requests/s", colors),
-                lambda axis: _rates(axis, rows, "long", "tokens", "tokens/s", colors),
-            ],
-        ),
-        (
-            "first.svg",
-            texts.COST_OF_FIRST,
-            ("streams",),
-            [
-                lambda axis: _streamed(
-                    axis, rows, "first_ms", "ms to the first token, p50", colors
-                ),
-                lambda axis: _streamed(axis, rows, "token_ms", "ms a token, p50", colors),
-            ],
-        ),
-        (
-            "tokens.svg",
-            texts.COST_OF_TOKENS,
-            ("longest",),
-            [lambda axis: _tokens(axis, rows, colors)],
-        ),
-        (
-            "pixels.svg",
-            texts.COST_OF_PIXELS,
-            ("pictures",),
-            [lambda axis: _pixels(axis, rows, colors)],
-        ),
-        ("load.svg", texts.COST_OF_LOAD, ("arrivals",), [lambda axis: _load(axis, rows, colors)]),
-        ("slots.svg", texts.COST_OF_SLOTS, ("slots",), [lambda axis: _slots(axis, rows)]),
-    ]
-    for file, text, needed, axes in figures:
-        if all(pick(rows, part) for part in needed):
-            _save(folder / "plots" / file, axes)
+    for part, (file, text, draws) in _PLOTS.items():
+        if pick(rows, part):
+            _save(
+                folder / "plots" / file, [partial(each, rows=rows, colors=colors) for each in draws]
+            )
             drawn[f"plots/{file}"] = text
     return drawn
 
@@ -135,10 +102,27 @@ def _load(axis: Axes, rows: list[Row], colors: dict[str, str]) -> None:
     axis.set(xlabel="share of capacity", ylabel="ms to the first token", yscale="log")
 
 
-def _slots(axis: Axes, rows: list[Row]) -> None:
-    these = pick(rows, "slots")
+def _slots(axis: Axes, rows: list[Row], colors: dict[str, str]) -> None:
+    del colors  # all are of ours
+    these = [row for row in pick(rows, "slots") if row["answered"]]
     count = [row["slots"] for row in these]
     axis.plot(count, [row["tokens"] / row["seconds"] for row in these], "o-", label="tokens/s")
     for key, label in (("first_ms", "ms to the first token, p50"), ("token_ms", "ms a token, p50")):
         axis.plot(count, [centiles(row[key])[0] for row in these], "o--", label=label)
     axis.set(xlabel="slots", yscale="log")
+
+
+_Draw = Callable[..., None]
+_EASY = partial(_rates, part="easy-VQA", unit="answered", label="requests/s")
+_LONG = partial(_rates, part="long", unit="tokens", label="tokens/s")
+_FIRST = partial(_streamed, key="first_ms", label="ms to the first token, p50")
+_TOKEN = partial(_streamed, key="token_ms", label="ms a token, p50")
+# By the part that has to be there: the file, what stands below it, and its axes.
+_PLOTS: dict[str, tuple[str, str, tuple[_Draw, ...]]] = {
+    "long": ("clients.svg", texts.COST_OF_CLIENTS, (_EASY, _LONG)),
+    "streams": ("first.svg", texts.COST_OF_FIRST, (_FIRST, _TOKEN)),
+    "longest": ("tokens.svg", texts.COST_OF_TOKENS, (_tokens,)),
+    "pictures": ("pixels.svg", texts.COST_OF_PIXELS, (_pixels,)),
+    "arrivals": ("load.svg", texts.COST_OF_LOAD, (_load,)),
+    "slots": ("slots.svg", texts.COST_OF_SLOTS, (_slots,)),
+}

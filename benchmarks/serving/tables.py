@@ -35,7 +35,7 @@ def _cells(
     them: list[str], rows: list[Row], show: Callable[[list[Row]], str], of: Callable[[Row], float]
 ) -> Iterator[str]:
     """A cell for each contender; beside others than ours, ours over it."""
-    ours = [row for row in rows if row["name"] == OURS]
+    ours = [row for row in rows if row["name"] == OURS and row["answered"]]
     for name in them:
         theirs = [row for row in rows if row["name"] == name and row["answered"]]
         if not theirs:
@@ -48,6 +48,7 @@ def _cells(
 
 def rates(rows: list[Row]) -> Iterator[str]:
     """Requests and tokens a second."""
+    rows = [row for row in rows if row["part"] in ("easy-VQA", "long", "longest")]
     them = names(rows)
 
     def body() -> Iterator[list[str]]:
@@ -173,9 +174,7 @@ def costs(rows: list[Row]) -> Iterator[str]:
         return number(1000 * spent / sum(row[unit] for row in these)) if these else "-"
 
     def body() -> Iterator[list[str]]:
-        for name in names(rows):
-            if name.endswith("slot(s)"):
-                continue
+        for name in names([row for row in rows if row["part"] != "slots"]):
             resident = [
                 row["rss_mib"] for row in rows if row["name"] == name and row.get("rss_mib")
             ]
@@ -211,7 +210,11 @@ def page(results: dict[str, Any], plots: dict[str, str]) -> str:
         ("Arrivals at random", texts.ARRIVALS.format(size=size, lengths=lengths), arrivals(rows)),
         ("Pictures", texts.PICTURES, pictures(rows)),
         ("CPU and memory", texts.COSTS, costs(rows)),
-        ("Slots", texts.SLOTS.format(most=max(size.slots, default=0), size=size), slots(rows)),
+        (
+            "Slots",
+            texts.SLOTS.format(most=max(size.slots, default=0), tokens=size.tokens // 2),
+            slots(rows),
+        ),
         ("Wrong or failed", "", problems(rows)),
     ]
     lines = [f"{results['date']}, {results['minutes']} minutes, size {results['size']}."]

@@ -31,7 +31,7 @@ was seen; what processes share counts for each.
 """
 
 SLOTS = """
-Ours with `max_concurrency` so high, {most} clients at once, {size.tokens} tokens each, streamed.
+Ours with `max_concurrency` so high, {most} clients at once, {tokens} tokens each, streamed.
 """
 
 COST_OF_CLIENTS = """
