@@ -85,11 +85,12 @@ class Runner:
 
     def rehearse(self, cache: SlotCache, slots: int) -> None:
         """Record or check the decode step of up to so many rows; ``cache`` is empty."""
-        if self._native and not all(
-            self._native.agrees(self._decode, cache, rows) for rows in range(1, slots + 1)
-        ):
-            log.error("the decode step in C++ is not used: its logits are not those of the model")
-            self._native = None
+        if native := self._native:
+            if all(native.agrees(self._decode, cache, rows) for rows in range(1, slots + 1)):
+                log.info("decode steps are C++")
+            else:
+                log.error("decode steps are PyTorch's: those in C++ have other logits")
+                self._native = None
         if self.compiled:
             self.compiled.rehearse(cache, slots, min(_USUAL, self.max_length))
 
