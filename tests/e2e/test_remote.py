@@ -91,9 +91,12 @@ def test_upstreams_killed_hung_and_restarted_under_load(tmp_path: Path):
         answers: list[int] = []
         stop = threading.Event()
 
+        # Without a picture, whose questions would all go to one of them.
+        asked = json.dumps({"messages": [{"role": "user", "content": "hello"}]}).encode()
+
         def load() -> None:
             while not stop.is_set():
-                answers.append(post(server.port, GOOD).status)
+                answers.append(post(server.port, asked, "application/json", CHAT).status)
 
         def more() -> None:
             """Some answers that were asked for from now on."""
