@@ -128,9 +128,10 @@ def memory(bench: Bench, loaded: LoadedModel) -> None:
     put(name, "weights estimated, MiB", estimated.weights / 2**20)
     with bench.here():
         need, _ = measuring.measure(loaded, estimated, settings.prefill_chunk)
-    for part in ("tower", "token", "chunk_token"):
+    for part in ("tower", "token"):
         put(name, f"{part}, KiB", getattr(need, part) / 1024)
         put(name, f"{part} estimated, KiB", getattr(estimated, part) / 1024)
+    put(name, "chunk_token, KiB", need.chunk_token / 1024)
     made = plan.make(need, settings, plan.Memory([bench.free()], cpu=False, shares=[1.0]))
     put(name, "the plan", str(made))
     options = EngineOptions(4, 16, made.kv_cache, 0, settings.prefill_chunk, made.patch)

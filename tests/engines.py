@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -155,6 +155,16 @@ def judge(pairs: list[tuple[Sequence, Solo]]) -> None:
     ties = verdicts.count(None)
     assert verdicts.count(False) == 0, f"{verdicts.count(False)} differ, {ties} tie"
     assert ties <= len(verdicts) // 16, f"{ties} ties"
+
+
+def together(
+    engine: Engine, asked: Iterable[tuple[GenerationRequest, Solo]]
+) -> list[tuple[Sequence, Solo]]:
+    """All at once, answered, each beside what was expected of it."""
+    pairs = [(engine.submit(each), solo) for each, solo in asked]
+    for sequence, _ in pairs:
+        finish(sequence)
+    return pairs
 
 
 def finish(sequence: Sequence) -> str:

@@ -20,7 +20,7 @@ from qwenvl_app.errors import InternalError
 from qwenvl_app.generation import GenerationRequest, Phase
 from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
-from tests.engines import Solo, agrees, finish, generate, random_request, running, spread
+from tests.engines import Solo, agrees, generate, random_request, running, spread, together
 from tests.test_model_loading import wait_for
 
 pytestmark = [
@@ -81,9 +81,7 @@ def test_compiled_tokens_are_those_of_generate(asked, slots, recorded, monkeypat
         monkeypatch.setattr(Replayed, "made", 0)
     wild, requests = asked
     with running(wild, slots=slots, compile="on") as engine:
-        pairs = [(engine.submit(request), solo) for request, solo in requests]
-        for sequence, _ in pairs:
-            finish(sequence)
+        pairs = together(engine, requests)
         steps, versions = engine.steps, engine._executor.cache.version
     verdicts = [agrees(sequence, solo) for sequence, solo in pairs]
     assert False not in verdicts
@@ -106,9 +104,7 @@ def test_no_graph_outlives_the_cache_that_it_was_recorded_on(few, backend, monke
     wild, requests = few
     with running(wild, slots=4, compile="on") as engine:
         for _ in range(3):
-            pairs = [(engine.submit(request), solo) for request, solo in requests]
-            for sequence, _ in pairs:
-                finish(sequence)
+            pairs = together(engine, requests)
             assert False not in [agrees(sequence, solo) for sequence, solo in pairs]
             with monkeypatch.context() as patched:
                 patched.setattr(engine._runner, "prefill", lambda *_: 1 / 0)

@@ -29,6 +29,7 @@ from tests.engines import (
     request,
     running,
     spread,
+    together,
     until_idle,
 )
 from tests.waiting import until
@@ -107,9 +108,7 @@ def test_eager_attention(demo, asked):
     eager = spread(demo, "eager")
     assert eager.model.config.text_config._attn_implementation == "eager"
     with running(eager, prefill_chunk=50) as engine:
-        pairs = [(engine.submit(each), solo) for each, solo in asked[:16]]
-        for sequence, _ in pairs:
-            finish(sequence)
+        pairs = together(engine, asked[:16])
     judge(pairs)
 
 
@@ -130,9 +129,7 @@ def test_nothing_of_a_request_stays_on_the_model(wild, asked):
     wild.model.model.rope_deltas = poison = torch.tensor([[12345]])
     try:
         with running(wild) as engine:
-            pairs = [(engine.submit(each), solo) for each, solo in asked[:8]]
-            for sequence, _ in pairs:
-                finish(sequence)
+            pairs = together(engine, asked[:8])
         judge(pairs)
         assert wild.model.model.rope_deltas is poison
     finally:
@@ -323,9 +320,7 @@ def test_numbers_that_are_not_finite_end_that_row_alone(wild, monkeypatch, asked
                 values[row].fill_(float("nan"))
         with pytest.raises(InternalError):
             list(victim)
-        pairs = [(engine.submit(each), solo) for each, solo in asked[:8]]
-        for sequence, _ in pairs:
-            finish(sequence)
+        pairs = together(engine, asked[:8])
     judge(pairs)
 
 
@@ -405,9 +400,7 @@ def test_want_of_memory_to_keep_a_picture_ends_nobody(wild, monkeypatch, asked, 
             return real(*arguments)
 
         monkeypatch.setattr(cache, "save", full)
-        pairs = [(engine.submit(each), solo) for each, solo in asked[:8]]
-        for sequence, _ in pairs:
-            finish(sequence)
+        pairs = together(engine, asked[:8])
         assert len(calls) == 16  # the picture, and the answer to it
         assert len(engine.prefixes) == 0
         monkeypatch.setattr(cache, "save", real)

@@ -37,6 +37,7 @@ from tests.engines import (
     random_request,
     request,
     running,
+    together,
 )
 from tests.waiting import until
 from tests.wire import GOOD, MULTIPART, ROUTE
@@ -99,9 +100,7 @@ def test_nor_does_it_matter_how_products_are_made(wild, asked, change: str, monk
     else:
         other.model.set_attn_implementation("eager")
     with running(other, prefill_chunk=50) as engine:
-        pairs = [(engine.submit(each), solo) for each, solo in asked]
-        for sequence, _ in pairs:
-            finish(sequence)
+        pairs = together(engine, asked)
     judge(pairs)
 
 
@@ -116,9 +115,7 @@ def test_compiled(wild, asked):
         return
     fused.fuse(wild.model)  # as the backend does
     with running(wild, compile="on") as engine:
-        pairs = [(engine.submit(each), solo) for each, solo in asked]
-        for sequence, _ in pairs:
-            finish(sequence)
+        pairs = together(engine, asked)
     judge(pairs)
 
 

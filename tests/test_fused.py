@@ -15,7 +15,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
 from qwenvl_app.engine import fused
 from qwenvl_app.loading.load import load
-from tests.engines import agrees, finish, generate, random_request, running, spread
+from tests.engines import generate, judge, random_request, running, spread, together
 
 
 @pytest.mark.parametrize("shape", [(1, 512), (4, 1, 512), (2, 300, 512)])
@@ -87,12 +87,8 @@ def test_packed_tokens_are_those_of_generate_on_the_plain_model(monkeypatch):
     assert isinstance(packed.model.model.language_model.layers[0].mlp.up_proj, fused.PackedLinear)
     assert isinstance(packed.model.lm_head, fused.PackedLinear)
     with running(packed) as engine:
-        pairs = [(engine.submit(each), solo) for each, solo in asked]
-        for sequence, _ in pairs:
-            finish(sequence)
-    verdicts = [agrees(sequence, solo) for sequence, solo in pairs]
-    assert False not in verdicts
-    assert verdicts.count(None) <= 1
+        pairs = together(engine, asked)
+    judge(pairs)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "silu"])

@@ -11,7 +11,7 @@ import torch
 
 from qwenvl_app.engine import native
 from qwenvl_app.loading.load import load
-from tests.engines import agrees, finish, generate, random_request, running, spread
+from tests.engines import agrees, finish, generate, judge, random_request, running, spread, together
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="it is compiled by g++")
 
@@ -45,13 +45,9 @@ def with_native(loaded, threads=1):
 @pytest.mark.parametrize(("slots", "threads"), [(1, 1), (3, 2), (4, 1), (9, 3)])
 def test_tokens_are_those_of_generate(wild, asked, slots, threads):
     with running(with_native(wild, threads), slots=slots) as engine:
-        pairs = [(engine.submit(request), solo) for request, solo in asked]
-        for sequence, _ in pairs:
-            finish(sequence)
+        pairs = together(engine, asked)
         assert engine._runner._native
-    verdicts = [agrees(sequence, solo) for sequence, solo in pairs]
-    assert False not in verdicts
-    assert verdicts.count(None) <= 1
+    judge(pairs)
 
 
 def test_a_step_whose_logits_are_not_the_models_is_not_used(wild, asked, caplog):

@@ -30,6 +30,7 @@ from tests.engines import (
     request,
     running,
     spread,
+    together,
 )
 from tests.wire import picture
 
@@ -72,9 +73,7 @@ def test_every_token_is_that_of_generate_on_the_whole_model(wild: LoadedModel, t
     rng = random.Random(3)
     asked = [(each, generate(wild, each)) for each in (random_request(rng) for _ in range(8))]
     with running(partly, prefix_cache_bytes=2**20) as engine:
-        pairs = [(engine.submit(each), solo) for each, solo in asked]
-        for sequence, _ in pairs:
-            finish(sequence)
+        pairs = together(engine, asked)
     verdicts = [agrees(sequence, solo) for sequence, solo in pairs]
     assert False not in verdicts
     assert verdicts.count(None) <= 1

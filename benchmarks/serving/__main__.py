@@ -1,6 +1,6 @@
 """All of it in one go: ``python -m benchmarks.serving``, or ``make bench``.
 
-Ours, ours compiled where there is g++, the replaced service (``benchmarks/original.py``), and
+Ours, ours with PyTorch's decode steps, the replaced service (``benchmarks/original.py``), and
 ``generate`` are started with the same checkpoints; peers run already, on this machine
 (``benchmarks/peers.md`` says how). Figures go to results.json as they come, then tables and plots
 into RESULTS.md between two marks.
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     for size in ("quick", "smallest"):
         parser.add_argument(f"--{size}", action="store_const", const=size, dest="size")
     parser.add_argument(
-        "--compile", nargs="*", choices=("auto", "off", "on"), default=["auto", "on"]
+        "--compile", nargs="*", choices=("auto", "off", "on"), default=["auto", "off"]
     )
     names = [*parts.DEMO, *parts.LONG, "slots"]
     parser.add_argument("--only", nargs="*", choices=names, default=[])

@@ -66,7 +66,7 @@ class Service:
         return sum(spent.user + spent.system for spent in times), resident
 
     def settle(self, seconds: float) -> None:
-        """Wait until it does nothing: one may compile in the background. ``seconds`` at most."""
+        """Wait until it does nothing. ``seconds`` at most."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             before = self.used()[0]

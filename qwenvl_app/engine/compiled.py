@@ -28,7 +28,7 @@ Step = Callable[..., torch.Tensor]
 Eager = Callable[[SlotCache, list[int], list[int], list[int]], torch.Tensor]
 Shape = tuple[int, int]  # of a call: its rows, and the columns of the cache that they look at
 
-# Columns that it is not worth to have fewer of: attention takes 1 % of a step of the 8B model then.
+# Fewer are not worth a graph: attention to 512 takes 0.4 ms of a step, to 2,048 1.5 (8B, H100).
 _FEWEST_COLUMNS = 512
 
 

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread")
 _CACHE = Path("~/.cache/qwenvl")
+ALL_KINDS = 5  # rows: more are, as five, tiles of up to four one after another
 _PATIENCE_S = 60.0  # for the compiler, on a busy machine
 
 
@@ -46,14 +47,18 @@ class NativeDecode:
         library.create.restype = ctypes.c_void_p
         library.destroy.argtypes = (ctypes.c_void_p,)
         self._decoder = library.create(ctypes.byref(model), threads)
+        self._cache: SlotCache | None = None
+        self._version = -1  # of that cache, whose addresses are the following
+        self._keys = self._values = (ctypes.c_void_p * 0)()
         weakref.finalize(self, library.destroy, self._decoder)
 
     def __call__(
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
         """One token for each of the slots 0 to n; logits (n, vocabulary)."""
-        sides = cache.first(cache.slots, cache.length)
-        keys, values = ((ctypes.c_void_p * len(s))(*(t.data_ptr() for t in s)) for s in sides)
+        if cache is not self._cache or cache.version != self._version:
+            self._cache, self._version = cache, cache.version
+            self._keys, self._values = map(_addresses, cache.first(cache.slots, cache.length))
         inputs = torch.tensor([ids, positions, starts])
         logits = torch.empty(len(ids), self._model.vocabulary)
         call = Call(
@@ -62,8 +67,8 @@ class NativeDecode:
             ids=inputs[0],
             positions=inputs[1],
             starts=inputs[2],
-            keys=ctypes.addressof(keys),
-            values=ctypes.addressof(values),
+            keys=ctypes.addressof(self._keys),
+            values=ctypes.addressof(self._values),
             logits=logits,
         )
         self._decode(self._decoder, call)
@@ -78,6 +83,10 @@ class NativeDecode:
         made = [step(cache, list(range(rows)), starts, starts) for step in (self, eager)]
         cache.reset()
         return alike(*made)
+
+
+def _addresses(tensors: list[torch.Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def create(model: Any, room: int) -> NativeDecode | None:

@@ -19,7 +19,7 @@ from qwenvl_app.engine.inputs import Features, Span
 from qwenvl_app.engine.kv_cache import SlotCache
 from qwenvl_app.engine.layout import layout_of
 from qwenvl_app.engine.memory import place
-from qwenvl_app.engine.native import NativeDecode
+from qwenvl_app.engine.native import ALL_KINDS, NativeDecode
 from qwenvl_app.engine.recurrent import RecurrentCache
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import VisionPass, VisionTower
@@ -86,7 +86,8 @@ class Runner:
     def rehearse(self, cache: SlotCache, slots: int) -> None:
         """Record or check the decode step of up to so many rows; ``cache`` is empty."""
         if native := self._native:
-            if all(native.agrees(self._decode, cache, rows) for rows in range(1, slots + 1)):
+            kinds = range(1, min(slots, ALL_KINDS) + 1)
+            if all(native.agrees(self._decode, cache, rows) for rows in kinds):
                 log.info("decode steps are C++")
             else:
                 log.error("decode steps are PyTorch's: those in C++ have other logits")

@@ -6,7 +6,6 @@ One line for every request. No prompt, no answer, no file name, no query string.
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import cast
 
 from flask import Flask, Request, Response, g, request
@@ -44,6 +43,9 @@ def register(app: Flask, metrics: Metrics, traces: Traces) -> None:
         sent = {name: request.headers[name] for name in HEADERS if name in request.headers}
 
         def finish() -> None:
+            if generates and response.is_streamed and record.finish_reason is None:
+                # It is closed before its end: it could not be sent.
+                record.reason = record.reason or ClientGone.reason
             metrics.count(record, route, status, generates=generates)
             if generates:
                 about["trace_id"] = traces.export(record, method, route, status, sent)
@@ -52,17 +54,10 @@ def register(app: Flask, metrics: Metrics, traces: Traces) -> None:
         # Before an answer in one piece is sent, so that who has it finds it counted; of one that
         # is streamed nothing is known before its end.
         if response.is_streamed:
-            response.call_on_close(partial(_end_of_stream, record, generates=generates))
             response.call_on_close(finish)
         else:
             finish()
         return response
-
-
-def _end_of_stream(record: RequestRecord, *, generates: bool) -> None:
-    """Whoever closes a stream before its end could not send it, which may be seen first there."""
-    if generates and record.finish_reason is None:
-        record.reason = record.reason or ClientGone.reason
 
 
 def current() -> RequestRecord:
