@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,12 +112,9 @@ class Debian:
             stderr=self._log,
         )
         children = Path(f"/proc/{self._outside.pid}/task/{self._outside.pid}/children")
-        while not (child := children.read_text().split()):
+        while not (init := _systemd_of(children)):
             time.sleep(0.1)
-        self.init = int(child[0])
-        program = Path(f"/proc/{self.init}/exe")
-        while program.resolve().name != "systemd":
-            time.sleep(0.1)
+        self.init = init
         self._network = subprocess.Popen(
             ["slirp4netns", "--configure", "--disable-host-loopback", str(self.init), "tap0"],
             stdout=self._log,
@@ -158,6 +156,15 @@ class Debian:
                     folder.rmdir()
             if group.is_dir():
                 group.rmdir()
+
+
+def _systemd_of(children: Path) -> int | None:
+    """That of these processes which has become systemd; others come and go before it."""
+    for child in children.read_text().split():
+        with suppress(OSError):
+            if Path(f"/proc/{child}/exe").readlink().name == "systemd":
+                return int(child)
+    return None
 
 
 def publish(debian: Debian) -> str:
