@@ -164,6 +164,7 @@ def post_fork(server, worker):
     """
     if _settings.backend == "local":
         sys.setswitchinterval(0.0002)
+    sharing.stay_on_one_cpu(_settings.workers)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-8, 2)  # M_ARENA_MAX

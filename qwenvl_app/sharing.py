@@ -18,7 +18,11 @@ from pathlib import Path
 
 from qwenvl_app import process
 
+_CPUS = 2**61  # the first of the places that stand for CPUs; those of quotas are below
+_MOST_WORKERS = 4096  # of two generations, while one takes over from the other
+
 _directory: Path | None = None
+_cpu: Lock | None = None
 
 
 def begin(parent: str | None) -> None:
@@ -70,6 +74,28 @@ class Lock:
     def give_back(self) -> None:
         """Give back all that was taken. Once."""
         os.close(self._file)
+
+
+def stay_on_one_cpu(workers: int) -> None:
+    """Have one CPU for each of the ``workers``; at the start of one, before it has threads.
+
+    Python's threads hand one lock around, thirty times a request: on two CPUs that costs half as
+    much as the request (benchmarks/RESULTS.md). With fewer workers than CPUs nothing is done: who
+    decodes a picture lets the others go on, on other CPUs.
+    """
+    global _cpu  # noqa: PLW0603  # held until the process ends
+    if _directory is None or not hasattr(os, "sched_setaffinity"):  # it is Linux's
+        return
+    cpus = sorted(os.sched_getaffinity(0))
+    if workers < len(cpus):
+        return
+    lock = Lock(_directory)
+    for place in range(_MOST_WORKERS):
+        if lock.take(_CPUS + place):
+            os.sched_setaffinity(0, {cpus[place % len(cpus)]})
+            _cpu = lock
+            return
+    lock.give_back()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from qwenvl_app.backends.remote.failures import UpstreamError
 from qwenvl_app.backends.remote.request import body_of
-from qwenvl_app.backends.remote.stream import AnswerReader, events
+from qwenvl_app.backends.remote.stream import AnswerReader, events, models
 from qwenvl_app.generation import (
     CALL_MARKS,
     Constraint,
@@ -41,6 +41,27 @@ def test_what_was_not_asked_for_is_not_sent():
         "stream_options": {"include_usage": True},
         "max_tokens": 99,
     }
+
+
+def test_a_penalty_has_its_own_name_at_llama_server_and_nowhere_else():
+    sampling = SamplingParams(repetition_penalty=1.5)
+    body = body_of(GenerationRequest(HELLO, "id", sampling), "m", 99)
+    elsewhere, there = body.to("vllm"), body.to("llamacpp")
+    assert json.loads(b"".join(elsewhere.pieces))["repetition_penalty"] == 1.5
+    assert there.length == sum(map(len, there.pieces))
+    assert json.loads(b"".join(there.pieces)) == json.loads(b"".join(elsewhere.pieces)) | {
+        "repeat_penalty": 1.5,
+        "repeat_last_n": 2**15,
+    }
+    plain = body_of(GenerationRequest(HELLO, "id"), "m", 99)
+    assert plain.to("llamacpp") == plain
+
+
+def test_the_owner_of_a_model_is_told_by_its_list():
+    listed = {"data": [{"id": "a", "owned_by": "llamacpp"}, {"id": "b"}]}
+    assert models(json.dumps(listed).encode())["a"] == "llamacpp"
+    assert set(models(json.dumps(listed).encode())) == {"a", "b"}
+    assert models(b'{"data": ["a"]}') == {}
 
 
 def test_results_carry_the_ids_of_their_calls():

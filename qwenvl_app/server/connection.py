@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gunicorn.config import Config
-from gunicorn.http import RequestParser
+from gunicorn.http import Request, RequestParser
 from gunicorn.workers.gthread import TConn
 
 from qwenvl_app.server.framing import Asked, Incoming, State
@@ -25,6 +25,23 @@ class Taken:
     has_body: bool
     asked: Asked
     pieces: Generator[bytes, None, None]  # of its bytes, given up as gunicorn's parser reads them
+
+
+class _Parsed(RequestParser):  # type: ignore[misc]
+    """gunicorn's parser, of one request whose head the loop has parsed: not a second time."""
+
+    def __init__(self, head: Request, pieces: Generator[bytes, None, None]):
+        super().__init__(head.cfg, pieces, head.peer_addr)
+        self._head: Request | None = head
+        head.unreader.iter = pieces  # the body's reader reads on there
+        self.unreader = head.unreader
+
+    def __next__(self) -> Request:
+        """The request."""
+        self.mesg, self._head = self._head, None
+        if self.mesg is None:
+            raise StopIteration
+        return self.mesg
 
 
 class Connection(TConn):  # type: ignore[misc]
@@ -58,8 +75,12 @@ class Connection(TConn):  # type: ignore[misc]
             incoming.has_body,
             incoming.asked,
         )
+        head = incoming.drop_head() if whole else None
         pieces, rest = incoming.take()
         self.taken = Taken(self.arrived, whole, has_body, asked, pieces)
-        self.parser = RequestParser(self.cfg, pieces, self.client)
+        # What is not valid the same parser refuses again, where it can be answered.
+        self.parser = (
+            _Parsed(head, pieces) if head else RequestParser(self.cfg, pieces, self.client)
+        )
         self.sock.hold()  # the head of the answer
         return rest

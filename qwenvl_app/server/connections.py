@@ -62,7 +62,6 @@ class Connections:
         if conn in self.watched:
             self._poller.modify(conn.sock, event, dispatch)
             return
-        conn.sock.setblocking(False)
         self.watched.add(conn)
         self._poller.register(conn.sock, event, dispatch)
 

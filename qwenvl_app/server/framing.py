@@ -117,6 +117,14 @@ class Incoming:
             self.state = self._read_body()
         return self.state
 
+    def drop_head(self) -> Request:
+        """Of a whole request: leave ``take`` its body alone. The head, whose body is to be fed."""
+        assert self.request is not None  # noqa: S101  # what is whole has a head
+        del self.buffer[: self._body]
+        self.end -= self._body
+        self._body = 0
+        return self.request
+
     def take(self) -> tuple[Generator[bytes, None, None], bytes]:
         """The request's bytes, in pieces that are given up as they are taken, and what follows."""
         rest = bytes(self.buffer[self.end :]) if self.state is State.WHOLE else b""

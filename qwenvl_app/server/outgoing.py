@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import select
 import socket
 import struct
 import threading
@@ -54,9 +55,13 @@ class Outgoing(socket.socket):
     def __init__(self, accepted: socket.socket, unread: UnreadAnswers):
         super().__init__(fileno=accepted.detach())
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        super().setblocking(False)
         self.unsent = bytearray()  # what the kernel has no room for, or is held
         self._holds = False
         self._unread = unread
+
+    def setblocking(self, flag: bool, /) -> None:
+        """Nothing: it never blocks. gunicorn asks for either with every request."""
 
     def hold(self) -> None:
         """Let the next ``sendall`` wait for the one after it, or ``flush``.
@@ -65,6 +70,13 @@ class Outgoing(socket.socket):
         thread waits for the GIL, and a client that is woken up for nothing.
         """
         self._holds = True
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the kernel would take more of an answer, as ``EVENT_WRITE`` tells it."""
+        room = select.poll()
+        room.register(self, select.POLLOUT)
+        return bool(room.poll(0))
 
     def sendall(self, data: ReadableBuffer, flags: int = 0, /) -> None:
         """Send ``data``, or keep it for ``flush``. Raises OSError if the client has gone."""

@@ -239,7 +239,7 @@ class Reception:
             if conn.incoming.expects_continue:
                 refusals.write(conn.sock, b"HTTP/1.1 100 Continue\r\n\r\n")
         elif state in (State.WHOLE, State.REFUSED):
-            if conn.kept:  # it may not have read its last answer
+            if conn.kept and not conn.sock.has_room:  # it has not read its last answer
                 conn.expires = time.monotonic() + SEND_TIMEOUT_S
                 self.connections.watch(conn, self._hand_over, selectors.EVENT_WRITE)
             else:

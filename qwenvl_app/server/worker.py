@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SPARE_THREADS = 4  # that no request with a body gets: for health checks and metrics
 _TICK_S = 0.5
+_HEARTBEAT_S = 1.0  # of the master's time-out, which is a minute
 _HANDSHAKE_S = 0.2  # for those that are under way when nobody else is let in
 _KILL_MARGIN_S = 2.0  # by which a stop ends before the master would kill
 _OTHER_FILES = 256  # the model's, the listeners, the log
@@ -59,6 +60,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._busy: set[Connection] = set()  # connections whose request has one
         self._thread = threading.local()  # ``conn``: what this thread answers
         self._open = True
+        self._beat = 0.0  # monotonic: when the next heartbeat is due
 
     @classmethod
     def check_config(cls, cfg: Config, log: Any) -> None:
@@ -156,7 +158,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.reception.accept(listener)
 
     def _turn(self) -> None:
-        self.notify()
+        if (now := time.monotonic()) >= self._beat:
+            self._beat = now + min(_HEARTBEAT_S, self.timeout / 4)
+            self.notify()
         self._start_waiting()
         self.set_accept_enabled(self._open and self.reception.has_room)
         self.wait_for_and_dispatch_events(_TICK_S)

@@ -127,6 +127,17 @@ def test_a_reload_refuses_nobody_and_counts_on(two: Server):
     assert scraped(two)["qwenvl_generation_tokens_total"] == before + 2 * len(answers)
 
 
+def test_each_has_a_cpu_if_there_are_enough_of_them(two: Server):
+    """After the reload too, when the new ones came while the old ones had theirs."""
+    until(lambda: len(two.workers) == 2)
+    cpus, had = os.sched_getaffinity(0), [os.sched_getaffinity(pid) for pid in two.workers]
+    if len(cpus) > len(had):
+        assert had == [cpus, cpus]
+    else:
+        assert [len(each) for each in had] == [1, 1]
+        assert set.union(*had) == cpus
+
+
 def test_their_number_is_a_setting(two: Server):
     """SIGTTIN would add one that has a share of its own."""
     workers = two.workers

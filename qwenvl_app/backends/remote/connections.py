@@ -22,6 +22,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ProtocolError
 
 _CLOSED = (RemoteDisconnected, ConnectionResetError, BrokenPipeError)  # without an answer
+_SMALL = 2**16  # bytes of a body that are copied rather than sent by themselves
 CONNECT_S = 3.0  # also of a TLS handshake
 
 _current = threading.local()
@@ -119,6 +120,7 @@ class _Abortable(HTTPConnection):
     """A connection that knows which exchange it serves: those before it cannot cut it off."""
 
     owner: Exchange | None = None
+    _head: bytes | None = None  # of a request; held until what follows it. None: it was sent
     _cuttable: socket.socket | None = None  # ``sock`` is None once an answer ends the connection
 
     def connect(self) -> None:
@@ -130,7 +132,23 @@ class _Abortable(HTTPConnection):
         """On the exchange's thread, over a new connection or one that was idle."""
         if self.sock is not None:
             self._begin(kept=True)
+        self._head = b""
         super().request(*args, **kwargs)
+        if self._head:  # nothing followed it
+            self.send(b"")
+
+    def send(self, data: Any) -> None:
+        """As ``http.client``, but that a small body goes with its head: one call, one packet."""
+        if self._head == b"":
+            self._head = data
+            return
+        if self._head:
+            head, self._head = self._head, None
+            if len(data) > _SMALL:
+                super().send(head)
+            else:
+                data = head + data
+        super().send(data)
 
     def cut(self, owner: Exchange) -> None:
         """Any thread. The plain socket's: SSLSocket's own drops the TLS state under its reader."""

@@ -147,15 +147,16 @@ class RemoteGeneration:
                 response.close()  # nothing, if all of it was read
 
     def _send(self, upstream: Upstream, exchange: Exchange) -> BaseHTTPResponse:
+        body = self._body.to(upstream.owner)
         headers = self._backend.headers | {
             "Content-Type": "application/json",
-            "Content-Length": str(self._body.length),
+            "Content-Length": str(body.length),
             "Accept": "text/event-stream",
             "X-Request-ID": self._id,
         }
         path = upstream.base + "/v1/chat/completions"
         self._sent = time.monotonic()
-        return exchange.send(upstream.pool, "POST", path, headers, self._body.pieces)
+        return exchange.send(upstream.pool, "POST", path, headers, body.pieces)
 
     def _read(
         self, upstream: Upstream, exchange: Exchange, response: BaseHTTPResponse

@@ -12,7 +12,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_app.generation import (
@@ -28,22 +28,34 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Json = dict[str, Any]
+# Tokens that a penalty is for: elsewhere all, at llama-server the last 64, and it takes no -1.
+_WHOLE = 2**15
 
 
 @dataclass(frozen=True)
 class Body:
     """Pieces of JSON in order, and what requests about one picture have in common.
 
-    ``affinity`` is a hash of the first picture, None without one.
+    ``affinity`` is a hash of the first picture, None without one. ``llama`` has what llama-server
+    calls otherwise.
     """
 
     pieces: tuple[bytes, ...]
     affinity: bytes | None
+    llama: Json = field(default_factory=dict)
 
     @property
     def length(self) -> int:
         """Bytes."""
         return sum(map(len, self.pieces))
+
+    def to(self, owner: str) -> Body:
+        """As a server whose models ``owner`` owns takes it: others may refuse fields of llama's."""
+        if owner != "llamacpp" or not self.llama:
+            return self
+        more = json.dumps(self.llama, separators=(",", ":")).encode()
+        last = self.pieces[-1].removesuffix(b"}") + b"," + more.removeprefix(b"{")
+        return Body((*self.pieces[:-1], last), self.affinity)
 
 
 def body_of(request: GenerationRequest, model: str, max_new_tokens: int) -> Body:
@@ -52,7 +64,8 @@ def body_of(request: GenerationRequest, model: str, max_new_tokens: int) -> Body
     A picture is in memory once more, as base64, and not in the text of the JSON. ``max_new_tokens``
     is for a request that names no limit.
     """
-    mark = secrets.token_hex(16)  # stands for a picture until the JSON is written
+    # Stands for a picture until the JSON is written.
+    mark = secrets.token_hex(16) if request.images else ""
     fields = {
         "model": model,
         "messages": list(_messages(request.messages, mark)),
@@ -72,8 +85,12 @@ def body_of(request: GenerationRequest, model: str, max_new_tokens: int) -> Body
     limits = zip(("min_pixels", "max_pixels"), request.pixels, strict=True)
     if pixels := {name: value for name, value in limits if value is not None}:
         fields["mm_processor_kwargs"] = pixels
-    texts = json.dumps(fields, separators=(",", ":")).encode().split(mark.encode())
-    return _filled(texts, request)
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    return (
+        _filled(text.split(mark.encode()), request)
+        if mark
+        else Body((text,), None, _llama(request))
+    )
 
 
 def _filled(texts: Sequence[bytes], request: GenerationRequest) -> Body:
@@ -88,7 +105,7 @@ def _filled(texts: Sequence[bytes], request: GenerationRequest) -> Body:
             binascii.b2a_base64(data, newline=False),
             text,
         ]
-    return Body(tuple(pieces), affinity)
+    return Body(tuple(pieces), affinity, _llama(request))
 
 
 def _messages(messages: Iterable[Message], mark: str) -> Iterable[Json]:
@@ -141,6 +158,12 @@ def _sampling(request: GenerationRequest, max_new_tokens: int) -> Json:
     if request.tools and CALL_MARKS[1] in sampling.stop:
         fields["parallel_tool_calls"] = False
     return fields
+
+
+def _llama(request: GenerationRequest) -> Json:
+    """As llama.cpp's tools/server/README.md names it."""
+    penalty = request.sampling.repetition_penalty
+    return {} if penalty is None else {"repeat_penalty": penalty, "repeat_last_n": _WHOLE}
 
 
 def _stop(sampling: SamplingParams) -> list[str]:

@@ -1,4 +1,4 @@
-"""The events of an upstream's answer (WHATWG HTML, 9.2; openai-openapi) to deltas."""
+"""The events of an upstream's answer (WHATWG HTML, 9.2; openai-openapi) to deltas, its models."""
 
 from __future__ import annotations
 
@@ -43,6 +43,15 @@ def events(pieces: Iterable[bytes]) -> Iterator[bytes]:
             held = len(rest) + sum(map(len, data))
         if held > _LONGEST_EVENT or total > _LONGEST_ANSWER:
             raise broken("an endless event or answer")
+
+
+def models(body: bytes) -> dict[str, str]:
+    """The owner of each model in a list, by its name; none if it is no list."""
+    try:
+        listed = json.loads(body)["data"]
+        return {str(model["id"]): str(model.get("owned_by")) for model in listed}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 class AnswerReader:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import random
 import threading
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 from qwenvl_app.backends.remote.alarm import Alarm
 from qwenvl_app.backends.remote.connections import Exchange, pool
 from qwenvl_app.backends.remote.failures import TRANSPORT, UpstreamError
+from qwenvl_app.backends.remote.stream import models
 from qwenvl_app.generation import Phase, Status
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class Upstream:
         self.problem: str | None = "not asked yet"  # None: the last probe was well
         self.asked = threading.Event()  # it was probed
         self.for_operator = False  # whether waiting would not mend the problem
+        self.owner = ""  # of its model, as its list has it: "vllm", "llamacpp"
         self.running = 0
         self._lock = threading.Lock()
         self._failures = 0  # of requests, in a row
@@ -132,10 +133,10 @@ class Upstreams:
         return self._status
 
     def choose(self, affinity: bytes | None, tried: Collection[Upstream]) -> Upstream | None:
-        """The best one that was not ``tried``; None if there is none.
+        """The best one that was not ``tried``; None if there is none. One that failed comes last.
 
         The favourite of the picture, unless it has much more to do than others; else the least
-        busy. One that failed a moment ago is chosen only if there is no other.
+        busy.
         """
         well = [each for each in self.all if each.problem is None and each not in tried]
         for group in (
@@ -207,8 +208,10 @@ class Upstreams:
                 status, body = self._get(upstream, exchange, "/v1/models")
                 if status != 200:
                     return f"its /v1/models says {status}", status in (401, 403, 404)
-                if self._model not in _models(body):
+                owners = models(body)
+                if self._model not in owners:
                     return "it does not serve the model that QWENVL_REMOTE_MODEL names", True
+                upstream.owner = owners[self._model]
                 return None, False
         except TRANSPORT as error:
             return f"cannot be asked ({type(error).__name__})", False
@@ -240,11 +243,3 @@ class Upstreams:
             if before.phase is not Phase.DRAINING:
                 since = before.since if before.phase is phase else time.monotonic()
                 self._status = Status(phase, message, since)
-
-
-def _models(body: bytes) -> set[str]:
-    """The names in a list of models; none if it is no list."""
-    try:
-        return {str(model["id"]) for model in json.loads(body)["data"]}
-    except (ValueError, RecursionError, LookupError, TypeError):
-        return set()
