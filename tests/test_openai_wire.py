@@ -57,6 +57,14 @@ def test_a_penalty_has_its_own_name_at_llama_server_and_nowhere_else():
     assert plain.to("llamacpp") == plain
 
 
+@pytest.mark.parametrize("required", [True, False])
+def test_a_required_call_is_held_to_its_schema(required: bool):
+    constraint = Constraint("tools", tools=(NOW,)) if required else None
+    (told,) = sent(constraint=constraint, tools=(NOW,))["tools"]
+    assert told["function"].get("strict") is (True if required else None)
+    assert "strict" not in NOW["function"]
+
+
 def test_the_owner_of_a_model_is_told_by_its_list():
     listed = {"data": [{"id": "a", "owned_by": "llamacpp"}, {"id": "b"}]}
     assert models(json.dumps(listed).encode())["a"] == "llamacpp"

@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,8 @@ def body_of(request: GenerationRequest, model: str, max_new_tokens: int) -> Body
         **_constraint(request.constraint),
     }
     if request.tools:
-        fields["tools"] = list(request.tools)
+        held = request.constraint is not None and request.constraint.kind == "tools"
+        fields["tools"] = [_strict(tool) if held else tool for tool in request.tools]
     if request.logprobs is not None:
         fields["logprobs"] = True
         if request.logprobs:
@@ -86,11 +87,7 @@ def body_of(request: GenerationRequest, model: str, max_new_tokens: int) -> Body
     if pixels := {name: value for name, value in limits if value is not None}:
         fields["mm_processor_kwargs"] = pixels
     text = json.dumps(fields, separators=(",", ":")).encode()
-    return (
-        _filled(text.split(mark.encode()), request)
-        if mark
-        else Body((text,), None, _llama(request))
-    )
+    return _filled(text.split(mark.encode()) if mark else [text], request)
 
 
 def _filled(texts: Sequence[bytes], request: GenerationRequest) -> Body:
@@ -158,6 +155,11 @@ def _sampling(request: GenerationRequest, max_new_tokens: int) -> Json:
     if request.tools and CALL_MARKS[1] in sampling.stop:
         fields["parallel_tool_calls"] = False
     return fields
+
+
+def _strict(tool: Mapping[str, Any]) -> Json:
+    """Only then is a required call held to the tool's schema by vLLM (0.32)."""
+    return {**tool, "function": {**tool["function"], "strict": True}}
 
 
 def _llama(request: GenerationRequest) -> Json:
