@@ -312,6 +312,27 @@ def test_a_long_call():
     assert read(cut(f"<tool_call>{tagged}</tool_call>", 4)) == ("", calls, 1)
 
 
+BLANK = " " * 200_000
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("text", "content", "arguments"),
+    [
+        (f"<tool_call><function=now>{BLANK}</function></tool_call>", "", "{}"),
+        (f"<tool_call>{BLANK}{hermes('now', '{}')[11:]}", "", "{}"),
+        (hermes("now", "{" + BLANK + "}"), "", "{" + BLANK + "}"),
+        (hermes("now", "{}").removesuffix("</tool_call>") + BLANK + "</tool_call>", "", "{}"),
+        (f"{hermes('now', '{}')}{BLANK}x", f"{BLANK}x", "{}"),
+        (f"a{BLANK}{hermes('now', '{}')}", "a", "{}"),
+    ],
+    ids=["in tags", "before a call", "arguments", "in a call", "behind a call", "before a mark"],
+)
+def test_white_space_without_end(text: str, content: str, arguments: str):
+    """All of it was looked at again with each blank, for half a minute of the thread's time."""
+    assert read(cut(text, 2)) == (content, [("now", arguments)], 1)
+
+
 SCHEMA = {
     "$defs": {
         "unit": {"enum": ["C", 1]},
