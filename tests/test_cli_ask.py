@@ -183,14 +183,48 @@ def test_a_model_that_can_not_be_had_is_one_line(environ: dict[str, str], said: 
     assert done.stderr.splitlines()[-1].startswith(f"qwenvl: {said}")
 
 
-def test_asking_a_server_needs_no_torch():
-    code = (
-        "import sys\n"
-        "from click.testing import CliRunner\n"
-        "from qwenvl_app.cli import main\n"
-        "asked = ['ask', 'demo/samples/red-circle.png', '?', '--url', 'http://127.0.0.1:1']\n"
-        "done = CliRunner().invoke(main, asked)\n"
-        "assert done.exit_code == 1, done.output\n"
-        "assert not {'torch', 'transformers', 'modelscope'} & set(sys.modules)\n"
+def _without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command, where no more is installed than requirements-remote.txt."""
+    whole, remote = (
+        set(re.findall(r"^[\w-]+", (ROOT / name).read_text(), re.MULTILINE))
+        for name in ("requirements.txt", "requirements-remote.txt")
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    missing = [name.replace("-", "_") for name in whole - remote] + ["safetensors"]
+    assert "torch" in missing
+    code = (
+        f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\n"
+        f"from qwenvl_app.cli import main\nmain({list(arguments)!r})\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        check=False,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("command", ["ask", "batch", "bench"])
+def test_asking_a_server_needs_no_torch(command: str, tmp_path: Path):
+    url = "http://127.0.0.1:1"
+    output = str(tmp_path / "answers.jsonl")
+    arguments = {
+        "ask": ["demo/samples/red-circle.png", "?", "--url", url],
+        "batch": ["demo/samples", "--prompt", "?", "-o", output, "--url", url, "--patience", "0"],
+        "bench": [url],
+    }
+    done = _without_torch(command, *arguments[command])
+    assert done.returncode == 1
+    assert url in done.stderr
+    assert all(line.startswith("qwenvl: ") for line in done.stderr.splitlines()), done.stderr
+
+
+def test_in_process_without_torch():
+    done = _without_torch("ask", "demo/samples/red-circle.png", "?")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"qwenvl: the model can't be loaded: \w+ is missing: install requirements.txt", last
+    )
