@@ -89,7 +89,9 @@ def main() -> None:
     read, device = weight_bytes(loaded.model), loaded.model.device
     rate = bandwidth(device, 2**30 if device.type == "cuda" else 2**28)
     if chosen.compile == "auto":
-        loaded = dataclasses.replace(loaded, native=native.create(loaded.model, 2**40))
+        loaded = dataclasses.replace(
+            loaded, native=native.create(loaded.model, 2**40, process.threads(0))
+        )
     fused.fuse(loaded.model)
     slots = max(chosen.clients)
     engine = Engine(loaded, EngineOptions(slots, chosen.tokens, 2**32, 0, 1024))

@@ -23,9 +23,9 @@ def _cores() -> int:
     return torch.get_num_threads()
 
 
-def threads(count: int) -> int:
-    """What ``use_threads`` makes of ``count``."""
-    return count or max(1, _cores() - 1)
+def threads(count: int) -> tuple[int, int]:
+    """Of the setting ``cpu_threads``: for one product, and for a call that takes long."""
+    return count or max(1, _cores() - 1), count or _cores()
 
 
 def use_threads(count: int) -> None:
@@ -35,7 +35,7 @@ def use_threads(count: int) -> None:
     """
     import torch
 
-    torch.set_num_threads(threads(count))
+    torch.set_num_threads(threads(count)[0])
 
 
 def freeze_compiled_weights(freeze: bool) -> None:

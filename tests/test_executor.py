@@ -24,6 +24,7 @@ from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.engine.inputs import Features, Inputs, Span
 from qwenvl_app.engine.kv_cache import SlotCache
 from qwenvl_app.engine.layout import Layout, StateShape
+from qwenvl_app.engine.native import Native
 from qwenvl_app.engine.recurrent import RecurrentCache
 from qwenvl_app.engine.sampling import Sampler
 from qwenvl_app.engine.sequence import Sequence
@@ -177,7 +178,7 @@ def harness(monkeypatch, kind: str, tokens: int, slots: int, prefix: int = 0) ->
     loaded = SimpleNamespace(
         model=SimpleNamespace(generation_config=config),
         patcher=SimpleNamespace(processor=SimpleNamespace(to_dict=dict)),
-        native=None,
+        native=Native(),
         tokenizer=None,
     )
     with pretend() as gpus, gpus.here():

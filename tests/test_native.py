@@ -1,4 +1,4 @@
-"""A decode step in C++ gives the tokens of ``generate``, or is not used."""
+"""A model in C++ gives the tokens of ``generate``, or is not used."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from qwenvl_app.engine import native
+from qwenvl_app.engine.native import library
+from qwenvl_app.engine.runner import Runner
 from qwenvl_app.loading.load import load
-from tests.engines import agrees, finish, generate, judge, random_request, running, spread, together
+from tests.engines import generate, judge, random_request, running, spread, together
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="it is compiled by g++")
 
@@ -30,58 +32,68 @@ def asked(wild):
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path_factory, monkeypatch):
     """One for all of these tests."""
-    monkeypatch.setattr(native, "_CACHE", tmp_path_factory.getbasetemp() / "native")
+    monkeypatch.setattr(library, "_CACHE", tmp_path_factory.getbasetemp() / "native")
 
 
-def with_native(loaded, threads=1):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    made = native.create(loaded.model, 2**30)
-    torch.set_num_threads(before)
-    assert made
+def with_native(loaded, threads=(1, 1)):
+    made = native.create(loaded.model, 2**30, threads)
+    assert made.text and made.tower
     return dataclasses.replace(loaded, native=made)
 
 
-@pytest.mark.parametrize(("slots", "threads"), [(1, 1), (3, 2), (4, 1), (9, 3)])
+@pytest.mark.parametrize(("slots", "threads"), [(1, (1, 1)), (3, (2, 2)), (4, (1, 3)), (9, (3, 3))])
 def test_tokens_are_those_of_generate(wild, asked, slots, threads):
     with running(with_native(wild, threads), slots=slots) as engine:
         pairs = together(engine, asked)
-        assert engine._runner._native
+        assert engine._runner._native.text
     judge(pairs)
 
 
-def test_a_step_whose_logits_are_not_the_models_is_not_used(wild, asked, caplog):
-    other = with_native(spread(load("demo"), layers=3))
-    wrong = dataclasses.replace(wild, native=other.native)
-    with running(wrong) as engine:
-        sequence = engine.submit(asked[0][0])
-        finish(sequence)
-        assert not engine._runner._native
-    assert agrees(sequence, asked[0][1])
-    assert "those in C++ have other logits" in caplog.text
+@pytest.mark.parametrize(
+    ("part", "fault"), [("text", "_axes"), ("text", "text_of"), ("tower", "tower_of")]
+)
+def test_what_computes_otherwise_is_not_used(wild, part, fault, monkeypatch, caplog):
+    right = getattr(native.layout, fault)
+
+    def wrong(*asked):
+        made = right(*asked)
+        if isinstance(made, torch.Tensor):
+            return made.zero_()
+        made.scale *= 1.01
+        return made
+
+    monkeypatch.setattr(native.layout, fault, wrong)
+    made = native.create(wild.model, 2**30)
+    assert getattr(made, part) is None
+    assert sum(each is None for each in made) == 1
+    assert "in C++ it has other" in caplog.text
 
 
 def test_numbers_that_are_not_finite_stay_so(wild):
-    step = with_native(wild).native
-    runner = running(wild)
-    with runner as engine, torch.inference_mode():
-        cache = engine._runner.new_cache(0)
+    runner = Runner(wild.model, native=with_native(wild).native)
+    with torch.inference_mode():
+        cache = runner.new_cache(0)
         cache.fit(2, 128)
         cache.first(2, 128)[0][1][1, :, 3] = float("nan")
-        logits = step(cache, [5, 6], [9, 9], [9, 9])
+        logits = runner.decode(cache, [5, 6], [9, 9], [9, 9])
     assert logits[0].isfinite().all()
     assert not logits[1].isfinite().any()
 
 
+def test_a_machine_without_the_widest_registers_has_it_too(wild, monkeypatch):
+    monkeypatch.setattr(library, "_FLAGS", (*library._FLAGS, "-mno-avx512f"))
+    with_native(wild)
+
+
 def test_what_there_is_no_code_or_no_room_for_is_not_made(wild):
-    assert native.create(spread(load("demo")).model.to(torch.bfloat16), 2**30) is None
-    assert native.create(wild.model, 2**10) is None
+    assert native.create(spread(load("demo")).model.to(torch.bfloat16), 2**30) == (None, None)
+    assert native.create(wild.model, 2**10) == (None, None)
 
 
 def test_without_a_compiler_there_is_none(wild, monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert native.create(wild.model, 2**30) is None
+    assert native.create(wild.model, 2**30) == (None, None)
     assert "with g++ installed" in caplog.text
 
 
@@ -91,17 +103,17 @@ def test_nor_if_the_compiler_fails(wild, body, monkeypatch, tmp_path, caplog):
     compiler.write_text(body)
     compiler.chmod(0o700)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(native, "_CACHE", tmp_path / "cache")
-    assert native.create(wild.model, 2**30) is None
-    assert "decode steps are PyTorch's" in caplog.text
+    monkeypatch.setattr(library, "_CACHE", tmp_path / "cache")
+    assert native.create(wild.model, 2**30) == (None, None)
+    assert "the model's layers are PyTorch's" in caplog.text
 
 
 def test_it_is_compiled_once(wild, monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(library, "_CACHE", tmp_path / "cache")
     for _ in range(2):
         with_native(wild)
     (made,) = (tmp_path / "cache").iterdir()
     assert made.suffix == ".so"
-    monkeypatch.setattr(native, "_CACHE", tmp_path / "file" / "cache")
+    monkeypatch.setattr(library, "_CACHE", tmp_path / "file" / "cache")
     (tmp_path / "file").touch()  # nothing can be kept there
     with_native(wild)

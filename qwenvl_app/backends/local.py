@@ -122,8 +122,10 @@ class LocalBackend:
             say=self._say,
         )
         if settings.compile != "off":
-            room = devices.spare(plan) // 2
-            loaded = dataclasses.replace(loaded, native=native.create(loaded.model, room))
+            room, threads = devices.spare(plan) // 2, process.threads(settings.cpu_threads)
+            made = native.create(loaded.model, room, threads)
+            made.take_over(loaded.model)
+            loaded = dataclasses.replace(loaded, native=made)
         fused.fuse(loaded.model)
         return loaded, devices.after_loading(loaded, plan, self._say)
 
@@ -133,7 +135,7 @@ class LocalBackend:
         from qwenvl_app.loading import devices, warm_up
 
         settings = self._settings
-        compiled = settings.compile == "on" and not loaded.native
+        compiled = settings.compile == "on" and not loaded.native.text
         options = engines.EngineOptions(
             slots=settings.max_concurrency,
             max_new_tokens=settings.max_new_tokens,

@@ -103,7 +103,7 @@ def _device(settings: Settings) -> Finding:
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(count))
         return Finding(Level.OK, "device", f"{wanted}: {names}")
     level = Level.OK if wanted == "cpu" or settings.model == "demo" else Level.WARN
-    threads = process.threads(settings.cpu_threads)
+    threads, _ = process.threads(settings.cpu_threads)
     counted = "1 thread" if threads == 1 else f"{threads} threads"
     more = "" if wanted == "cpu" else f" ({_no_gpu()})"
     return Finding(level, "device", f"the CPU, {counted} for a product{more}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qwenvl_app.engine.native import NativeDecode
+from qwenvl_app.engine.native import NONE, Native
 from qwenvl_app.engine.pixels import Patcher
 from qwenvl_app.grammar.grammars import Grammars
 from qwenvl_app.prompts.builder import PromptBuilder
@@ -22,7 +22,7 @@ class LoadedModel:
     patcher: Patcher
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptBuilder
-    native: NativeDecode | None = None  # decode steps of ``model``
+    native: Native = NONE  # layers of ``model``
 
     @cached_property
     def grammars(self) -> Grammars:

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import torch
 
 from qwenvl_app.engine.compiled import CompiledDecode
+from qwenvl_app.engine.eager import EagerText, added
 from qwenvl_app.engine.fused import ATTENTION
 from qwenvl_app.engine.inputs import Features, Span
 from qwenvl_app.engine.kv_cache import SlotCache
 from qwenvl_app.engine.layout import layout_of
 from qwenvl_app.engine.memory import place
-from qwenvl_app.engine.native import ALL_KINDS, NativeDecode
+from qwenvl_app.engine.native import NONE, Native
 from qwenvl_app.engine.recurrent import RecurrentCache
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import VisionPass, VisionTower
@@ -34,9 +35,9 @@ _USUAL = 2048  # tokens of a picture of a megapixel, a question and an answer
 class Runner:
     """Calls of the model, in inference mode. Used by the engine's thread alone."""
 
-    def __init__(self, model: Any, *, mode: Mode = "off", native: NativeDecode | None = None):
+    def __init__(self, model: Any, *, mode: Mode = "off", native: Native = NONE):
         self._model, self._text = model, model.model.language_model
-        self._tower = VisionTower(model.model.visual)
+        self._tower = VisionTower(model.model.visual, native.tower)
         if self._tower.visual.patch_embed.proj.weight.device.type == "meta":
             raise ModelLoadError(
                 "the device has no room even for the vision tower: use a smaller or a quantised "
@@ -48,7 +49,8 @@ class Runner:
         self.merge: int = self._tower.merge
         self._device = place(self._text.embed_tokens)
         self._native = native
-        self.compiled = None if native else self._compile(mode)
+        self._forward = native.text or EagerText(model)
+        self.compiled = None if native.text else self._compile(mode)
 
     def _compile(self, mode: Mode) -> CompiledDecode | None:
         places = {self.device, self._device, *(p.device for p in self._model.parameters())}
@@ -84,14 +86,7 @@ class Runner:
         return SlotCache(self.layout, budget if self.compiled else 0)
 
     def rehearse(self, cache: SlotCache, slots: int) -> None:
-        """Record or check the decode step of up to so many rows; ``cache`` is empty."""
-        if native := self._native:
-            kinds = range(1, min(slots, ALL_KINDS) + 1)
-            if all(native.agrees(self._decode, cache, rows) for rows in kinds):
-                log.info("decode steps are C++")
-            else:
-                log.error("decode steps are PyTorch's: those in C++ have other logits")
-                self._native = None
+        """Record the decode step of up to so many rows; ``cache`` is empty."""
         if self.compiled:
             self.compiled.rehearse(cache, slots, min(_USUAL, self.max_length))
 
@@ -106,62 +101,54 @@ class Runner:
 
         Logits (sequences, vocabulary): those after each one's last token of this call.
         """
-        if self.layout.states and len(slots) > 1:  # what pads a row would be read
-            each = zip(sequences, slots, widths, strict=True)
+        each = list(zip(sequences, slots, widths, strict=True))
+        if self.layout.states and len(each) > 1:  # what pads a row would be read
             return torch.cat([self.prefill(cache, [s], [slot], [width]) for s, slot, width in each])
-        widest = max(widths)
-        ids = torch.zeros(len(slots), widest, dtype=torch.long)
-        positions = torch.zeros(3, len(slots), widest, dtype=torch.long)
-        for number, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
-            here = slice(sequence.computed, sequence.computed + width)
-            ids[number, :width] = torch.tensor(sequence.inputs.ids[here])
-            positions[:, number, :width] = sequence.inputs.positions[:, here]
-        embeds = self._text.embed_tokens(ids.to(self._device))
-        visual = self._place_images(embeds, sequences, widths)
-        mask = cache.begin(slots, [s.computed for s in sequences], widths)
-        hidden = self._text(
-            inputs_embeds=embeds,
-            attention_mask=self._mask(mask),
-            position_ids=positions.to(self._device),
-            past_key_values=cache,
-            use_cache=True,
-            **visual,
-        ).last_hidden_state
-        ends = torch.tensor(widths, device=hidden.device) - 1
-        return self._logits(hidden[torch.arange(len(slots), device=hidden.device), ends])
+        spans = [(slot, s.computed, width) for s, slot, width in each]
+        parts = [slice(start, start + width) for _, start, width in spans]
+        ids = [n for s, here in zip(sequences, parts, strict=True) for n in s.inputs.ids[here]]
+        turned = [s.inputs.positions[:, p] for s, p in zip(sequences, parts, strict=True)]
+        embeds = self._text.embed_tokens(torch.tensor(ids, device=self._device))
+        images, deepstack = self._place_images(embeds, sequences, parts)
+        positions = torch.cat(turned, 1).T.contiguous()
+        return self._forward(cache, embeds, positions, spans, images, deepstack)
 
     def _place_images(
-        self, embeds: torch.Tensor, sequences: list[Sequence], widths: Many[int]
-    ) -> dict[str, Any]:
-        """Put pictures' features into ``embeds`` (rows, widest, hidden); DeepStack's arguments."""
-        is_image = torch.zeros(embeds.shape[:2], dtype=torch.bool)
-        parts: list[Features] = []
-        for number, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
-            start = sequence.computed
+        self, embeds: torch.Tensor, sequences: list[Sequence], parts: list[slice]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Put pictures' features into ``embeds`` (tokens, hidden).
+
+        Returns of each token which image token of this call it is, or -1, and DeepStack's
+        additions to those.
+        """
+        is_image = torch.zeros(len(embeds), dtype=torch.bool)
+        features: list[Features] = []
+        before = 0
+        for sequence, here in zip(sequences, parts, strict=True):
             for image in sequence.images:
                 tokens = image.tokens
-                first, last = max(tokens.start, start), min(tokens.stop, start + width)
+                first, last = max(tokens.start, here.start), min(tokens.stop, here.stop)
                 if first < last and image.features:
-                    is_image[number, first - start : last - start] = True
-                    parts.append(
-                        image.features.part(slice(first - tokens.start, last - tokens.start))
-                    )
-        if not parts:
-            return {}
-        is_image = is_image.to(embeds.device)
-        features = torch.cat([part.embeds for part in parts])
-        embeds[is_image] = features.to(embeds.device, embeds.dtype)
-        layers = [torch.cat(each) for each in zip(*(p.deepstack for p in parts), strict=True)]
-        if not layers:
-            return {}
-        return {"visual_pos_masks": is_image, "deepstack_visual_embeds": layers}
+                    is_image[before + first - here.start : before + last - here.start] = True
+                    shown = slice(first - tokens.start, last - tokens.start)
+                    features.append(image.features.part(shown))
+            before += here.stop - here.start
+        if not features:
+            return is_image.long() - 1, []
+        places = is_image.to(embeds.device)
+        embeds[places] = torch.cat([f.embeds for f in features]).to(embeds.device, embeds.dtype)
+        layers = [torch.cat(each) for each in zip(*(f.deepstack for f in features), strict=True)]
+        return torch.where(is_image, is_image.cumsum(0), 0) - 1, layers
 
     def decode(
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
         """One token for each of the slots 0 to n; logits (n, vocabulary)."""
-        if self._native:
-            return self._native(cache, ids, positions, starts)
+        if self._native.text:
+            embeds = self._text.embed_tokens(torch.tensor(ids))
+            spans = [(slot, start, 1) for slot, start in enumerate(starts)]
+            places = torch.tensor(positions)[:, None].repeat(1, 3)
+            return self._native.text(cache, embeds, places, spans)
         if self.compiled and self.compiled.fits(cache, len(ids)):
             return self.compiled(cache, ids, positions, starts)
         return self._decode(cache, ids, positions, starts)
@@ -178,17 +165,12 @@ class Runner:
     ) -> torch.Tensor:
         hidden = self._text(
             input_ids=ids[:, None],
-            attention_mask=self._mask(mask),
+            attention_mask=added(mask, self.layout.dtype),
             position_ids=positions[None, :, None].expand(3, -1, -1),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
         return self._logits(hidden[:, -1])
-
-    def _mask(self, mask: torch.Tensor) -> torch.Tensor:
-        """To be added: from True and False each layer's attention would make this for itself."""
-        added = torch.zeros_like(mask, dtype=self.layout.dtype)
-        return added.masked_fill_(~mask, -torch.inf)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._model.lm_head(hidden)

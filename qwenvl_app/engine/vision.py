@@ -22,6 +22,7 @@ from transformers.vision_utils import (
 )
 
 from qwenvl_app.engine.inputs import Features, Span
+from qwenvl_app.engine.native.tower import NativeTower
 from qwenvl_app.engine.pixels import Grid
 
 _SMALL = 1024  # patches in all: what is kept for later is at most a few MB each
@@ -47,7 +48,8 @@ class Geometry(NamedTuple):
 class VisionTower:
     """transformers' ``visual``, part by part. Used by the engine's thread alone."""
 
-    def __init__(self, visual: Any):
+    def __init__(self, visual: Any, native: NativeTower | None = None):
+        self._native = native
         self.visual, self.merge = visual, visual.spatial_merge_size
         # patch_embed's convolution, whose kernel is its stride: a product, and several times faster
         # as one, on a CPU and on some GPUs (pytorch #174051). A picture's frames are all alike, so
@@ -73,6 +75,8 @@ class VisionTower:
     def layer(self, number: int, hidden: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """One layer, from and to (patches, hidden)."""
         lengths = geometry.lengths
+        if self._native:
+            return self._native(number, hidden, geometry.rotary, lengths)
         if geometry.windows and number not in self.visual.fullatt_block_indexes:
             lengths = geometry.windows.lengths
         result: torch.Tensor = self.visual.blocks[number](

@@ -1,0 +1,61 @@
+"""Whether what was compiled computes what the model does."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from qwenvl_app.engine.compiled import alike
+from qwenvl_app.engine.eager import EagerText, Span
+from qwenvl_app.engine.kv_cache import BLOCK, SlotCache
+from qwenvl_app.engine.layout import layout_of
+from qwenvl_app.engine.native.text import NativeText
+from qwenvl_app.engine.native.tower import NativeTower
+
+log = logging.getLogger(__name__)
+
+_ROWS = 7  # more are, as seven, tiles of up to six one after another
+_PICTURES = (0, 5, 96 + 7)  # where each begins, in patches
+
+
+def text_agrees(native: NativeText, model: Any) -> bool:
+    """Whether its logits are those of ``model`` on noise: steps of some rows, and prompts."""
+    steps = [[(row, (BLOCK // 2 + 37 * row) % BLOCK, 1) for row in range(n)] for n in range(1, 8)]
+    prompts: list[Span] = [(0, 3, 70), (2, 11, 1), (1, 0, 9)]
+    return all(_logits_agree(native, model, spans) for spans in (*steps, prompts))
+
+
+def _logits_agree(native: NativeText, model: Any, spans: list[Span]) -> bool:
+    text = model.model.language_model
+    tokens, hidden = sum(width for *_, width in spans), text.config.hidden_size
+    cache = SlotCache(layout_of(text))
+    cache.fit(_ROWS, BLOCK)
+    noise = torch.Generator().manual_seed(tokens)
+    for tensor in (tensor for side in cache.first(_ROWS, BLOCK) for tensor in side):
+        tensor.normal_(generator=noise)
+    embeds = torch.randn(tokens, hidden, generator=noise)
+    positions = torch.randint(BLOCK, (tokens, 3), generator=noise)
+    images = torch.arange(tokens) - 2  # the first two have none
+    taps = getattr(model.model.visual, "deepstack_visual_indexes", ())
+    deepstack = [torch.randn(max(0, tokens - 2), hidden, generator=noise) for _ in taps]
+    images.clamp_(min=-1)
+    return alike(
+        native(cache, embeds.clone(), positions, spans, images, deepstack),
+        EagerText(model)(cache, embeds, positions, spans, images, deepstack),
+    )
+
+
+def tower_agrees(native: NativeTower, visual: Any) -> bool:
+    """Whether its layers are those of ``visual``, on noise of the size of what comes."""
+    size = visual.blocks[0].attn.head_dim
+    noise = torch.Generator().manual_seed(0)
+    patches = torch.randn(_PICTURES[-1], visual.config.hidden_size, generator=noise)
+    angles = torch.randn(len(patches), size // 2, generator=noise).repeat(1, 2)
+    rotary, lengths = (angles.cos(), angles.sin()), torch.tensor(_PICTURES, dtype=torch.int32)
+    for number, block in enumerate(visual.blocks):
+        expected = block(patches, cu_seqlens=lengths, max_seqlen=None, position_embeddings=rotary)
+        if not alike(native(number, patches.clone(), rotary, lengths), expected):
+            return False
+    return True
