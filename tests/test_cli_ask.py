@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, invoke, qwenvl, start
+from tests.commands import ROOT, invoke, only_in_the_whole, qwenvl, start
 from tests.e2e.scripted_app import expected, picture
 from tests.e2e.server import Server
 from tests.waiting import until
@@ -185,14 +185,8 @@ def test_a_model_that_can_not_be_had_is_one_line(environ: dict[str, str], said: 
 
 def _without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A command, where no more is installed than requirements-remote.txt."""
-    whole, remote = (
-        set(re.findall(r"^[\w-]+", (ROOT / name).read_text(), re.MULTILINE))
-        for name in ("requirements.txt", "requirements-remote.txt")
-    )
-    missing = [name.replace("-", "_") for name in whole - remote] + ["safetensors"]
-    assert "torch" in missing
     code = (
-        f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\n"
+        f"import sys\nsys.modules.update(dict.fromkeys({only_in_the_whole()!r}))\n"
         f"from qwenvl_app.cli import main\nmain({list(arguments)!r})\n"
     )
     return subprocess.run(
