@@ -129,6 +129,7 @@ class GenerationRequest:
     ``continues``: whether another turn may follow, so that this one's answer is worth keeping.
     ``pixels``: the least and the most that a picture is scaled to; None leaves the checkpoint's.
     ``originals``: the file of each picture, for a backend that sends them on; else nothing.
+    ``owner``: what was computed for one owner's requests is of use to no other's.
     """
 
     messages: tuple[Message, ...]
@@ -143,6 +144,7 @@ class GenerationRequest:
     pixels: tuple[int | None, int | None] = (None, None)
     continues: bool = True
     originals: tuple[bytes, ...] = ()
+    owner: str = ""
 
     @property
     def images(self) -> list[Image]:

@@ -166,3 +166,19 @@ def test_one_owner_can_not_take_every_permit(backend):
     assert (
         'request_rejected_total{reason="key_limit"} 1.0' in app.test_client().get("/metrics").text
     )
+
+
+def test_the_backend_is_told_whose_request_it_is(backend):
+    """Two keys of one name are one owner; without keys everybody is."""
+    hello = {"messages": [{"role": "user", "content": "hello"}]}
+    keyed = create_app(load_settings({"QWENVL_API_KEYS": "a:one,a:two,b:three,four"}), backend)
+    client = keyed.test_client()
+    for key in ("one", "two", "three", "four"):
+        assert ask(client, f"Bearer {key}").status_code == 200
+        headers = {"Authorization": f"Bearer {key}"}
+        assert client.post("/v1/chat/completions", json=hello, headers=headers).status_code == 200
+    assert (
+        ask(create_app(load_settings({}), backend).test_client(), "Bearer one").status_code == 200
+    )
+    owners = [asked.owner for asked in backend.requests]
+    assert owners == ["a", "a", "a", "a", "b", "b", "key-4", "key-4", ""]

@@ -272,7 +272,7 @@ BAD_FIELDS = {
     "a text that is a list": said([{"type": "text", "text": ["x"]}]),
     "an unknown field of a message": said("x", name2="y"),
     "an unknown field": hello(best_of=2),
-    "tools": hello(tools=[]),
+    "tools: a string": hello(tools="none"),
     "audio": hello(modalities=["audio"]),
     "text and audio": hello(modalities=["text", "audio"]),
     "logit_bias": hello(logit_bias={"1": 100}),
@@ -378,10 +378,21 @@ NOTHING = {name: hello(**{name: None}) for name in sorted(OPENAIS | OURS)} | {
         chat_template_kwargs={},
         mm_processor_kwargs={},
         seed=-1,
+        tools=[],
+        tool_choice="auto",
+        parallel_tool_calls=True,
     ),
     "labels": hello(user="u", safety_identifier="s", prompt_cache_key="k", metadata={"a": "b"}),
     "a message of an answer": said(
-        "hello", name=None, refusal=None, annotations=[], audio=None, function_call=None
+        "hello",
+        name=None,
+        refusal=None,
+        annotations=[],
+        audio=None,
+        function_call=None,
+        tool_calls=[],
+        parsed={"a": 1},
+        provider_specific_fields={"refusal": None},
     ),
 }
 

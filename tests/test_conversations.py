@@ -167,3 +167,21 @@ def test_pixels_limit_a_picture_and_are_part_of_its_key(wild):
     assert sizes[3] == sizes[0]  # never more than the checkpoint's
     found = [s.cached > s.inputs.images[0].tokens.start for s, _ in pairs]
     assert found == [False, False, False, True]
+
+
+def test_nobody_finds_what_was_computed_for_another_owner(wild):
+    """The count of cached tokens, and the time, told who had asked about a picture before."""
+    image = random_image(random.Random(6))
+    asked = {
+        owner: dataclasses.replace(
+            ask([Message("system", ("Be brief. " * 20,)), Message("user", (image, "?"))]),
+            owner=owner,
+        )
+        for owner in ("", "a", "b")
+    }
+    with running(wild, prefix_cache_bytes=2**27) as engine:
+        for owners, cached in ((("", "a", "b"), False), (("a", "b", ""), True)):
+            sequences = [engine.submit(asked[owner]) for owner in owners]  # all at once
+            for sequence in sequences:
+                finish(sequence)
+            assert [sequence.cached > 0 for sequence in sequences] == [cached] * 3

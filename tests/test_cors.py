@@ -34,9 +34,8 @@ def test_a_preflight(client, path):
     assert (answer.status_code, answer.data) == (204, b"")
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
     assert answer.headers["Access-Control-Allow-Methods"] == "GET, POST"
-    allowed = answer.headers["Access-Control-Allow-Headers"].split(", ")
-    trace = {"traceparent", "tracestate"}
-    assert set(allowed) == {"Authorization", "Content-Type", "X-Request-ID"} | trace
+    # What the openai package sends, such as X-Stainless-Lang, was refused.
+    assert answer.headers["Access-Control-Allow-Headers"] == "Authorization, *"
     assert answer.headers["Access-Control-Max-Age"] == "7200"
     assert answer.headers["X-Request-ID"]
 

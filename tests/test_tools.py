@@ -312,6 +312,27 @@ def test_a_long_call():
     assert read(cut(f"<tool_call>{tagged}</tool_call>", 4)) == ("", calls, 1)
 
 
+BLANK = " " * 300_000
+
+
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize(
+    ("text", "content", "arguments"),
+    [
+        (f"<tool_call><function=now>{BLANK}</function></tool_call>", "", "{}"),
+        (f"<tool_call>{BLANK}{hermes('now', '{}')[11:]}", "", "{}"),
+        (hermes("now", "{" + BLANK[:50_000] + "}"), "", "{" + BLANK[:50_000] + "}"),
+        (hermes("now", "{}").removesuffix("</tool_call>") + BLANK + "</tool_call>", "", "{}"),
+        (f"{hermes('now', '{}')}{BLANK}x", f"{BLANK}x", "{}"),
+        (f"a{BLANK}{hermes('now', '{}')}", "a", "{}"),
+    ],
+    ids=["in tags", "before a call", "arguments", "in a call", "behind a call", "before a mark"],
+)
+def test_white_space_without_end(text: str, content: str, arguments: str):
+    """All of it was looked at again with each blank, for a minute of the thread's time."""
+    assert read(cut(text, 2)) == (content, [("now", arguments)], 1)
+
+
 SCHEMA = {
     "$defs": {
         "unit": {"enum": ["C", 1]},
@@ -492,6 +513,9 @@ def test_results_go_by_the_order_of_the_calls(client, backend: ScriptedBackend):
     question = {"role": "user", "content": "x"}
     parts = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
     turns = [question, called("1", "2"), result("2", parts), result("1"), called("1"), result("1")]
+    turns[3]["name"] = "now"  # as OpenAI's examples write
+    function = {"name": "now", "arguments": "{}", "parsed_arguments": None}
+    turns[4]["tool_calls"] = [{"index": 0, "id": "1", "type": "function", "function": function}]
     assert client.post(ROUTE, json={"messages": turns}).status_code == 200
     messages = backend.requests[0].messages
     assert messages[1] == Message(
@@ -517,7 +541,6 @@ def deep(levels: int) -> Any:
 
 JSON_FORMAT = {"type": "json_object"}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no tools": (hello(tools=[]), "tools"),
     "an object": (hello(tools={}), "tools"),
     "129 of them": (hello(tools=[function(name=f"f{n}") for n in range(129)]), "tools"),
     "two of one name": (hello(tools=[NOW, NOW]), "tools"),
@@ -577,6 +600,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         ),
         "messages",
     ),
+    "a result with another's name": (turns(called("1"), result("1") | {"name": "g"}), "messages"),
+    "a name of its own": (turns(called("1", name="bob"), result("1")), "messages"),
+    "required, of none": (hello(tools=[], tool_choice="required"), "tool_choice"),
     "an id twice": (turns(called("1", "1"), result("1")), "messages"),
     "an id on a question": (
         turns({"role": "user", "content": "x", "tool_call_id": "1"}),

@@ -56,8 +56,9 @@ class Span:
 class Inputs:
     """A prompt: its ids, their positions, and the pictures in it, in order.
 
-    ``prefix_key``: equal for those that begin alike, up to the last picture; None if nothing is
-    shared. ``boundary``: tokens at which a step of its prefill has to end, if it comes by there.
+    ``prefix_key``: equal for those of one owner that begin alike, up to the last picture; None if
+    nothing is shared. ``boundary``: tokens at which a step of its prefill has to end, if it comes
+    by there.
     """
 
     ids: list[int]
@@ -66,6 +67,7 @@ class Inputs:
     prefix_key: bytes | None = None
     boundary: int = 0
     reasoning: Reasoning | None = None  # see ``Prompt``
+    owner: str = ""  # see ``GenerationRequest``
 
     @property
     def images_end(self) -> int:
@@ -74,7 +76,8 @@ class Inputs:
 
     def text(self, answer: Many[int] = ()) -> Text:
         """The prompt, and what was answered, as ``PrefixCache`` compares them."""
-        return Text.of([*self.ids, *answer], ((i.tokens.start, i.key) for i in self.images))
+        marks = ((image.tokens.start, image.key) for image in self.images)
+        return Text.of([*self.ids, *answer], marks, self.owner)
 
 
 def prepare(loaded: LoadedModel, request: GenerationRequest) -> Inputs:
@@ -85,7 +88,9 @@ def prepare(loaded: LoadedModel, request: GenerationRequest) -> Inputs:
     places = list(zip(prompt.images, grids, strict=True))
     positions = mrope_positions(len(prompt.input_ids), places, patcher.merge)
     spans = [Span(*place) for place in places]
-    return Inputs(prompt.input_ids, positions, spans, reasoning=prompt.reasoning)
+    return Inputs(
+        prompt.input_ids, positions, spans, reasoning=prompt.reasoning, owner=request.owner
+    )
 
 
 def mrope_positions(

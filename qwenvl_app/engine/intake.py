@@ -92,7 +92,7 @@ class Intake:
         inputs.boundary = end if layout.states else 0
         text = inputs.text()
         pictures = text.first(end)
-        key = hashlib.sha256(pictures.ids.tobytes())
+        key = hashlib.sha256(inputs.owner.encode() + b"\0" + pictures.ids.tobytes())
         for start, digest in pictures.pictures:
             key.update(b"%d " % start + digest)
         inputs.prefix_key = key.digest()

@@ -4,6 +4,10 @@ Tokens are compared one by one, and a picture counts by its key, which covers th
 everything else that decides what the model makes of them; one that left out the shape served wrong
 answers (CVE-2025-46722 in vLLM). So what is found depends on everything before and in it.
 
+Each owner of requests finds what was computed for them alone: else the time to the first token, and
+the count of cached tokens, would tell what others asked (CVE-2025-46570 in vLLM, which leaves it to
+a field of each request, ``cache_salt``).
+
 What prompts have in common is kept once: a ``Segment`` goes on where another ends, as in the tree
 of SGLang's ``radix_cache.py``, but is never split.
 """
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Mark = tuple[int, bytes]  # where a picture begins, and its key
+Beginning = tuple[str, bytes, Mark | None]  # the owner, first tokens, a picture near them
 
 _STRIP = 256  # rows of a picture
 _WORTH = 16  # tokens; fewer are computed sooner than looked for, if there is no picture in them
@@ -35,30 +40,35 @@ _WORTH = 16  # tokens; fewer are computed sooner than looked for, if there is no
 
 @dataclass(frozen=True)
 class Text:
-    """What tokens mean: their ids and, in order, the pictures among them."""
+    """What tokens mean: their ids and, in order, the pictures among them. It is ``owner``'s."""
 
     ids: np.ndarray[tuple[int], np.dtype[np.int64]]
     pictures: tuple[Mark, ...]
+    owner: str = ""
 
     @classmethod
-    def of(cls, ids: Many[int], pictures: Iterable[Mark]) -> Text:
+    def of(cls, ids: Many[int], pictures: Iterable[Mark], owner: str = "") -> Text:
         """Of ``ids``, and of ``pictures`` in order."""
-        return cls(np.array(ids, np.int64), tuple(pictures))
+        return cls(np.array(ids, np.int64), tuple(pictures), owner)
 
     @cached_property
-    def beginning(self) -> tuple[bytes, Mark | None]:
+    def beginning(self) -> Beginning:
         """The same for all that have a prefix in common with it that is worth a look."""
         mark = self.pictures[0] if self.pictures else None
         if mark and mark[0] < _WORTH:
-            return self.ids[: mark[0]].tobytes(), mark
-        return self.ids[:_WORTH].tobytes(), None
+            return self.owner, self.ids[: mark[0]].tobytes(), mark
+        return self.owner, self.ids[:_WORTH].tobytes(), None
 
     def first(self, length: int) -> Text:
         """Its first tokens."""
-        return Text(self.ids[:length], tuple(p for p in self.pictures if p[0] < length))
+        pictures = tuple(p for p in self.pictures if p[0] < length)
+        return Text(self.ids[:length], pictures, self.owner)
 
     def common(self, other: Text) -> int:
-        """How many tokens are the same from the beginning on; never a part of a picture."""
+        """How many tokens are the same from the beginning on; never a part of a picture.
+
+        Of an owner's, that is: ``beginning`` keeps owners apart.
+        """
         length = min(len(self.ids), len(other.ids))
         differ = self.ids[:length] != other.ids[:length]
         if differ.any():
@@ -132,7 +142,7 @@ class PrefixCache:
         self._whole = whole
         self._segments: list[Segment] = []  # the least recently used first
         # By their beginning: small models keep thousands, and the engine's thread looks too.
-        self._alike: dict[tuple[bytes, Mark | None], list[Segment]] = {}
+        self._alike: dict[Beginning, list[Segment]] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:

@@ -65,6 +65,11 @@ class Answering:
         """Give back what is still held; what failed is not measured by the admission."""
         self.held.__exit__(kind, error, trace)
 
+    @property
+    def owner(self) -> str:
+        """Whose key the request brought; "" where none is asked for."""
+        return self.record.key or ""
+
     def fetch(self, urls: Mapping[str, str], spent: int) -> dict[str, bytes]:
         """The pictures that are on other hosts; see ``Fetcher.fetch``. Raises ServiceError.
 

@@ -96,6 +96,7 @@ def _texts(
         deadline=answering.deadline.at,
         continues=False,
         originals=tuple(answering.originals),
+        owner=answering.owner,
     )
     empty = True
     for delta in answering.generate(asked):

@@ -93,15 +93,12 @@ def test_tools_and_a_turn_with_their_results(client):
     (call,) = choice.message.tool_calls
     assert (call.type, call.function.name) == ("function", "Mark")
     assert isinstance(call.function.parsed_arguments, Mark)
-    result = {"role": "tool", "tool_call_id": call.id, "content": "marked"}
-    said = {
-        "role": "assistant",
-        "tool_calls": [call.model_dump(exclude={"function": {"parsed_arguments"}})],
-    }
-    turns = [*ASKED, said, result]
-    answer = create(client, messages=turns, tools=REQUIRED["tools"], max_tokens=20)
-    assert answer.usage.prompt_tokens_details.cached_tokens > 0
-    assert answer.choices[0].message.tool_calls is None
+    result = {"role": "tool", "tool_call_id": call.id, "name": "Mark", "content": "marked"}
+    for said in (choice.message, choice.message.model_dump()):
+        turns = [*ASKED, said, result]
+        answer = create(client, messages=turns, tools=REQUIRED["tools"], max_tokens=20)
+        assert answer.usage.prompt_tokens_details.cached_tokens > 0
+        assert answer.choices[0].message.tool_calls is None
 
 
 def test_tools_in_a_stream(client):
@@ -114,7 +111,11 @@ def test_tools_in_a_stream(client):
     assert kinds.count("tool_calls.function.arguments.done") == 1
     assert kinds.count("tool_calls.function.arguments.delta") > 2
     assert choice.finish_reason == "tool_calls"
-    assert isinstance(choice.message.tool_calls[0].function.parsed_arguments, Mark)
+    (call,) = choice.message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Mark)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "marked"}
+    turns = [*ASKED, choice.message, result]
+    assert create(client, messages=turns, tools=REQUIRED["tools"], max_tokens=4).choices
     with pytest.raises(openai.BadRequestError, match="nope"):
         create(client, **REQUIRED | {"tool_choice": {**named, "function": {"name": "nope"}}})
 
@@ -182,9 +183,15 @@ def test_clients_that_wait_no_longer_and_try_again_leave_nothing_behind(client, 
     assert all(re.fullmatch("499 .* reason=client_gone", reason) for reason in reasons())
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the package's, of its class
 def test_a_message_of_an_answer_may_be_handed_back_whole(client):
+    """One that was parsed too: what the package read of it goes with it."""
     first = create(client).choices[0].message
+    parsed = client.chat.completions.parse(
+        model="demo", messages=ASKED, response_format=Shape, max_tokens=400
+    )
+    shape = parsed.choices[0].message
     more = {"role": "user", "content": "sure?"}
-    for said in (first, first.model_dump()):
+    for said in (first, first.model_dump(), shape):
         answer = create(client, messages=[*ASKED, said, more], max_completion_tokens=9999)
         assert answer.choices[0].finish_reason == "stop"

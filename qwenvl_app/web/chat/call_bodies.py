@@ -19,9 +19,10 @@ _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("[^"\x00-\x1f]*")\s*,\s*"arguments"\s
 _LONGEST_HEAD = 1000  # characters; behind it a call is told when all of it is there
 _BETWEEN = frozenset(" \t\r\n,:+-.0123456789eEtrufalsn")  # in JSON, outside of texts and brackets
 _FUNCTION = re.compile(r"\s*<function=([^<>\n]{1,100})>")
-_PARAMETER = re.compile(r"\s*<parameter=([^<>\n]{1,1000})>(.*?)</parameter>", re.DOTALL)
+_BLANK = re.compile(r"\s*")
+_PARAMETER = re.compile(r"<parameter=([^<>\n]{1,1000})>(.*?)</parameter>", re.DOTALL)
 _PARAMETER_END = "</parameter>"
-_FUNCTION_END = re.compile(r"\s*</function>")
+_FUNCTION_END = "</function>"
 
 
 class NotACall(Exception):
@@ -32,8 +33,9 @@ class _Body:
     """How far the body of one call has been read.
 
     ``read`` takes all of the body that there is, more of it each time. ``name`` is None until it
-    is known. Of the body ``told`` characters are in ``arguments``. ``end`` is where the call is
-    complete, None before that; ``closing`` may follow there.
+    is known; ``arguments`` is what the latest ``read`` added to them. Of the body ``told``
+    characters are in them. ``end`` is where the call is complete, None before that; ``closing`` may
+    follow there.
     """
 
     def __init__(self, functions: Functions):
@@ -62,11 +64,11 @@ class JsonBody(_Body):
         if self._begin is None and (head := _HEAD.match(body, 0, _LONGEST_HEAD)):
             self.name = self._known(_parsed(head[1]))
             self._begin = head.end()
-        end = self._scan(body)
+        before, end = self._at, self._scan(body)
         if self._begin is not None:
-            self.arguments, self.told = body[self._begin : self._at], self._at
+            self.arguments, self.told = body[max(self._begin, before) : self._at], self._at
             if end is not None:
-                _parsed(self.arguments)
+                _parsed(body[self._begin : end])
                 self.end = end
         elif end is not None:
             self._take(_parsed(body[:end]))
@@ -129,6 +131,7 @@ class TaggedBody(_Body):
 
     def read(self, body: str) -> None:
         """Raises NotACall."""
+        self.arguments = ""
         if self.name is None:
             head = _FUNCTION.match(body)
             if head is None:
@@ -137,15 +140,23 @@ class TaggedBody(_Body):
                 return
             if head[1] not in self._functions:
                 raise NotACall
-            self.name, self.told = head[1], head.end()
+            self.name = head[1]
+            self._pass(body, head.end())
+        self._pass(body, self.told)
         while self._has_an_end(body) and (found := _PARAMETER.match(body, self.told)):
             self._take(found[1], found[2])
-            self.told = self._sought = found.end()
-        if end := _FUNCTION_END.match(body, self.told):
-            self.arguments = (self.arguments or "{") + "}"
-            self.end = self.told = end.end()
-        elif not _may_become(body[self.told :].lstrip(), "<parameter=", "</function>"):
+            self._sought = found.end()
+            self._pass(body, found.end())
+        if body.startswith(_FUNCTION_END, self.told):
+            self.arguments += "}" if self._names else "{}"
+            self.end = self.told = self.told + len(_FUNCTION_END)
+        elif not _may_become(body[self.told : self.told + 20], "<parameter=", _FUNCTION_END):
             raise NotACall
+
+    def _pass(self, body: str, place: int) -> None:
+        """All up to ``place`` is told, and the white space there, which is looked at once."""
+        blank = _BLANK.match(body, place)
+        self.told = blank.end() if blank else place
 
     def _has_an_end(self, body: str) -> bool:
         """Whether a parameter ends behind what is told: a long one is looked through once."""
@@ -156,10 +167,10 @@ class TaggedBody(_Body):
     def _take(self, name: str, text: str) -> None:
         if name in self._names:
             raise NotACall
+        begin = ", " if self._names else "{"
         self._names.add(name)
         text = text.removeprefix("\n").removesuffix("\n")
         value = written_value(text, self._functions[self.name or ""], name)
-        begin = ", " if self.arguments else "{"
         self.arguments += f"{begin}{_written(name)}: {_written(value)}"
 
 
@@ -168,7 +179,6 @@ Body = JsonBody | TaggedBody
 
 def body_of(text: str, functions: Functions) -> Body | None:
     """What reads a body that begins with ``text``; None if that can't be told. Or NotACall."""
-    text = text.lstrip()
     for kind in (JsonBody, TaggedBody):
         if text.startswith(kind.starts):
             return kind(functions)

@@ -29,10 +29,15 @@ One = Annotated[int, Field(ge=1, le=1)]
 
 
 class NeutralMessage(BaseModel):
-    """A message of an answer, as a client hands it back. No template has a place for a ``name``."""
+    """A message of an answer, as a client hands it back.
 
-    name: None = None
+    ``parsed`` is the ``openai`` package's: its ``content``, read. ``provider_specific_fields`` is
+    what LiteLLM found beside a message.
+    """
+
     refusal: None = None
+    parsed: Any = None
+    provider_specific_fields: dict[str, Any] | None = None
     annotations: EmptyList | None = None
     audio: None = None
     function_call: None = None

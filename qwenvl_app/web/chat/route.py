@@ -86,6 +86,7 @@ def _request(
         tools=asked.offered,
         constraint=asked.constraint,
         originals=tuple(answering.originals),
+        owner=answering.owner,
     )
 
 

@@ -64,7 +64,8 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 class ChatMessage(_Model, NeutralMessage):
     """One turn; ``developer`` is a newer name of ``system``.
 
-    An assistant's with ``tool_calls`` may have no content. A ``tool``'s is the result of a call.
+    An assistant's with ``tool_calls`` may have no content. A ``tool``'s is the result of a call,
+    and its ``name`` that of the call's function; no template has a place for another ``name``.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -72,6 +73,7 @@ class ChatMessage(_Model, NeutralMessage):
     reasoning_content: str | None = None
     tool_calls: Calls | None = None
     tool_call_id: str | None = None
+    name: Label | None = None
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
@@ -117,7 +119,7 @@ class ChatRequest(_Model, SamplingFields, NeutralRequest):
     chat_template_kwargs: TemplateOptions | None = None
     mm_processor_kwargs: PixelLimits | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 

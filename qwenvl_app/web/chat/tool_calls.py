@@ -16,12 +16,11 @@ _BEGIN, _END = CALL_MARKS
 
 @dataclass
 class _Call:
-    """One that is being read: the white space before it, and what was told of it."""
+    """One that is being read: the white space before its mark, and what was told of it."""
 
     blank: str
     body: Body | None = None
     named: bool = False
-    arguments: int = 0  # characters of them
     told: int = 0  # characters of the body
 
 
@@ -38,6 +37,7 @@ class CallReader:
         self._functions = {each["name"]: each.get("parameters") or {} for each in functions}
         self.complete = 0
         self._text = ""  # that is not told yet; within a call its body, from its beginning on
+        self._blanks: list[str] = []  # white space before that, looked at once however it comes
         self._call: _Call | None = None
         self._closing: list[str] = []  # what may still follow of the latest call
         self._named = 0  # calls that were told of
@@ -87,32 +87,43 @@ class CallReader:
     def _closed(self, *, last: bool) -> bool:
         """Whether the end of the latest call is behind us."""
         while self._closing:
-            mark, rest = self._closing[0], self._text.lstrip()
-            if rest.startswith(mark):
-                self._text = rest[len(mark) :]
-            elif mark.startswith(rest):
+            self._strip()
+            mark = self._closing[0]
+            if self._text.startswith(mark):
+                self._text, self._blanks = self._text[len(mark) :], []
+            elif mark.startswith(self._text):
                 if not last:
                     return False
-                self._text = ""  # a mark that was cut
+                self._text, self._blanks = "", []  # a mark that was cut
             self._closing.pop(0)
         return True
 
+    def _strip(self) -> None:
+        """Put the white space that the text begins with to what is before it."""
+        text = self._text.lstrip()
+        self._blanks.append(self._text[: len(self._text) - len(text)])
+        self._text = text
+
     def _outside(self, deltas: list[Json], *, last: bool) -> bool:
         before, mark, after = self._text.partition(_BEGIN)
+        self._text = "" if mark or last else before[len(before) - _overlap(before) :]
+        before = before.removesuffix(self._text)
+        ends = last and not mark and not self.complete  # with white space that is content
+        told = before if ends else before.rstrip()
+        if told or ends:
+            said, self._blanks = "".join([*self._blanks, told]), []
+            if said:
+                deltas.append({"content": said})
+        self._blanks.append(before[len(told) :])
         if mark:
-            told = before.rstrip()
-            self._call, self._text = _Call(before[len(told) :]), after
-        elif last:
-            told, self._text = (before.rstrip() if self.complete else before), ""
-        else:
-            told = before[: len(before) - _overlap(before)].rstrip()
-            self._text = before[len(told) :]
-        if told:
-            deltas.append({"content": told})
+            self._call, self._text = _Call("".join(self._blanks)), after
+            self._blanks = []
         return bool(mark)
 
     def _inside(self, call: _Call, deltas: list[Json], *, last: bool) -> bool:
         """Whether the call is complete. Raises NotACall."""
+        if call.body is None:
+            self._strip()
         call.body = body = call.body or body_of(self._text, self._functions)
         if body is None:
             return False
@@ -121,13 +132,14 @@ class CallReader:
             return False
         if body.name is not None and not call.named:
             call.named = True
+            self._blanks = []
             self._named += 1
             function = {"name": body.name, "arguments": ""}
             name = f"call_{secrets.token_hex(12)}"
             deltas.append(self._delta({"id": name, "type": "function", "function": function}))
-        if arguments := body.arguments[call.arguments :]:
-            deltas.append(self._delta({"function": {"arguments": arguments}}))
-        call.arguments, call.told = len(body.arguments), body.told if call.named else 0
+        if body.arguments:
+            deltas.append(self._delta({"function": {"arguments": body.arguments}}))
+        call.told = body.told if call.named else 0
         if body.end is None:
             return False
         self.complete += 1

@@ -53,18 +53,20 @@ class NamedTool(StrictModel):
 
 
 class CalledFunction(StrictModel):
-    """``arguments`` is a JSON text."""
+    """``arguments`` is a JSON text. ``parsed_arguments``: the same read, by the openai package."""
 
     name: Name
     arguments: str
+    parsed_arguments: Any = None
 
 
 class CalledTool(StrictModel):
-    """A call in an earlier answer."""
+    """A call in an earlier answer; an ``index`` is of one that was streamed."""
 
     id: Annotated[str, Field(min_length=1, max_length=256)]
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: Annotated[int, Field(ge=0)] | None = None
 
     def as_call(self) -> ToolCall:
         """For the backend."""
@@ -72,7 +74,7 @@ class CalledTool(StrictModel):
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
-Calls = Annotated[list[CalledTool], Field(min_length=1, max_length=MAX_TOOLS)]
+Calls = Annotated[list[CalledTool], Field(max_length=MAX_TOOLS)]
 
 
 def for_template(tools: Iterable[Tool]) -> tuple[dict[str, Any], ...]:
@@ -102,11 +104,12 @@ def in_order(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     InvalidParameter if a message has what its role does not, or a call has not one result.
     """
     ordered: list[ChatMessage] = []
-    called: list[str] = []  # of the assistant's latest turn
+    called: dict[str, str] = {}  # the assistant's latest turn: ids, and names of functions
     results: dict[str, ChatMessage] = {}
     for number, message in enumerate(messages):
         where = f"messages.{number}"
         _check_fields(message, where)
+        _check_name(message, called, where)
         if message.role == "tool":
             name = message.tool_call_id or ""
             if name not in called or name in results:
@@ -116,21 +119,34 @@ def in_order(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
             continue
         ordered += _results(called, results, where)
         ordered.append(message)
-        called, results = [call.id for call in message.tool_calls or ()], {}
-        if len(set(called)) < len(called):
+        calls = message.tool_calls or ()
+        called, results = {call.id: call.function.name for call in calls}, {}
+        if len(called) < len(calls):
             raise InvalidParameter(f"{where}.tool_calls: an id occurs twice.", where)
     return ordered + _results(called, results, f"messages.{len(messages)}")
 
 
-def _results(called: list[str], results: dict[str, ChatMessage], where: str) -> list[ChatMessage]:
+def _results(
+    called: dict[str, str], results: dict[str, ChatMessage], where: str
+) -> list[ChatMessage]:
     if missing := [name for name in called if name not in results]:
         said = f"a message of the role tool has to come first, of the call {missing[0][:100]}"
         raise InvalidParameter(f"{where}: {said}.", where)
     return [results[name] for name in called]
 
 
+def _check_name(message: ChatMessage, called: dict[str, str], where: str) -> None:
+    """A result may have its function's, which OpenAI's examples write there."""
+    if message.name is None:
+        return
+    if message.role != "tool":
+        raise InvalidParameter(f"{where}.name: it is not supported", f"{where}.name")
+    if message.name != called.get(message.tool_call_id or "", message.name):
+        raise InvalidParameter(f"{where}.name: the call is of another function.", f"{where}.name")
+
+
 def _check_fields(message: ChatMessage, where: str) -> None:
-    if message.tool_calls is not None and message.role != "assistant":
+    if message.tool_calls and message.role != "assistant":
         param = f"{where}.tool_calls"
         raise InvalidParameter(f"{param}: only with the role assistant.", param)
     if (message.tool_call_id is None) is (message.role == "tool"):
