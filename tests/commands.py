@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,12 @@ def start(*arguments: str, cwd: Path = ROOT, **environ: str) -> subprocess.Popen
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def only_in_the_whole() -> list[str]:
+    """Modules that requirements.txt installs and requirements-remote.txt does not."""
+    whole, remote = (
+        set(re.findall(r"^[\w-]+", (ROOT / name).read_text(), re.MULTILINE))
+        for name in ("requirements.txt", "requirements-remote.txt")
+    )
+    return [*(name.replace("-", "_") for name in whole - remote), "safetensors"]

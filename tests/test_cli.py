@@ -144,3 +144,10 @@ def test_secrets_are_not_shown():
     assert rows["api_keys"] == rows["remote_api_key"] == ["(set)", "environment"]
     assert "sekret" not in done.stdout
     assert flask("check-config").stdout.count("(unset)") == 2
+
+
+def test_the_list_of_commands_is_whole():
+    """click cuts a summary that is too long for its line, in the middle of a sentence."""
+    listed = invoke("--help").stdout
+    assert "batch" in listed
+    assert "..." not in listed.partition("Commands:")[2]

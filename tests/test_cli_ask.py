@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, invoke, qwenvl, start
+from tests.commands import ROOT, invoke, only_in_the_whole, qwenvl, start
 from tests.e2e.scripted_app import expected, picture
 from tests.e2e.server import Server
 from tests.waiting import until
@@ -183,14 +183,42 @@ def test_a_model_that_can_not_be_had_is_one_line(environ: dict[str, str], said: 
     assert done.stderr.splitlines()[-1].startswith(f"qwenvl: {said}")
 
 
-def test_asking_a_server_needs_no_torch():
+def _without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command, where no more is installed than requirements-remote.txt."""
     code = (
-        "import sys\n"
-        "from click.testing import CliRunner\n"
-        "from qwenvl_app.cli import main\n"
-        "asked = ['ask', 'demo/samples/red-circle.png', '?', '--url', 'http://127.0.0.1:1']\n"
-        "done = CliRunner().invoke(main, asked)\n"
-        "assert done.exit_code == 1, done.output\n"
-        "assert not {'torch', 'transformers', 'modelscope'} & set(sys.modules)\n"
+        f"import sys\nsys.modules.update(dict.fromkeys({only_in_the_whole()!r}))\n"
+        f"from qwenvl_app.cli import main\nmain({list(arguments)!r})\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        check=False,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("command", ["ask", "batch", "bench"])
+def test_asking_a_server_needs_no_torch(command: str, tmp_path: Path):
+    url = "http://127.0.0.1:1"
+    output = str(tmp_path / "answers.jsonl")
+    arguments = {
+        "ask": ["demo/samples/red-circle.png", "?", "--url", url],
+        "batch": ["demo/samples", "--prompt", "?", "-o", output, "--url", url, "--patience", "0"],
+        "bench": [url],
+    }
+    done = _without_torch(command, *arguments[command])
+    assert done.returncode == 1
+    assert url in done.stderr
+    assert all(line.startswith("qwenvl: ") for line in done.stderr.splitlines()), done.stderr
+
+
+def test_in_process_without_torch():
+    done = _without_torch("ask", "demo/samples/red-circle.png", "?")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"qwenvl: the model can't be loaded: \w+ is missing: install requirements.txt", last
+    )

@@ -178,6 +178,9 @@ class LocalBackend:
         except ModelLoadError as error:
             log.error("the model can't be loaded: %s", error)
             status = Status(Phase.FAILED, str(error))
+        except ModuleNotFoundError as error:  # requirements-remote.txt has no torch
+            log.error("the package %s is missing", error.name)
+            status = Status(Phase.FAILED, f"{error.name} is missing: install requirements.txt")
         except LoadStopped:
             return
         except BaseException as error:  # a library's SystemExit too, or it would load for ever

@@ -90,7 +90,7 @@ def check_config() -> None:
         click.echo(f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}")
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Say whether the service would run here.")
 @click.option("--bind", default="0.0.0.0:8000", show_default=True, help="Where it is to listen.")
 def run_doctor(bind: str) -> None:
     """Check the machine against the settings; exit status 1 if the service would not run."""
@@ -122,7 +122,7 @@ def _ask_upstreams(settings: Settings) -> int:
         backend.close()
 
 
-@click.command("download")
+@click.command("download", short_help="Download the model that QWENVL_MODEL names.")
 def download() -> None:
     """Download the model that QWENVL_MODEL names, as the first start would.
 

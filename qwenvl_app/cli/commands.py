@@ -14,7 +14,7 @@ import click
 from qwenvl_app.cli import options
 
 
-@click.command("ask")
+@click.command("ask", short_help="Ask a question about a picture.")
 @click.argument("pictures", metavar="PICTURE...", nargs=-1, required=True)
 @click.argument("question")
 @options.whom
@@ -43,7 +43,7 @@ def ask(
             questions.ask(client, loaded, question, as_json=as_json)
 
 
-@click.command("batch")
+@click.command("batch", short_help="Ask about many pictures.")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -102,7 +102,7 @@ def batch(
         sys.exit(status)
 
 
-@click.command("bench")
+@click.command("bench", short_help="Measure how fast a server is.")
 @click.argument("url")
 @click.option(
     "--key", envvar=options.KEY_VARIABLE, show_envvar=True, help="An API key of the server."

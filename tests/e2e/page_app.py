@@ -1,9 +1,15 @@
-"""The service around a script, for the page's tests: what is asked decides what is answered."""
+"""The service around a script, for the page's tests: what is asked decides what is answered.
+
+It loads as long as there is the file that ``PAGE_LOADING`` names.
+"""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from qwenvl_app import create_app
-from qwenvl_app.generation import GenerationRequest
+from qwenvl_app.generation import GenerationRequest, Phase, Status
 from qwenvl_app.testing import ScriptedBackend, prompt_of
 
 MARKS = """```json
@@ -22,6 +28,14 @@ def answer(request: GenerationRequest) -> list[str]:
     return [f"{width} x {height}, ", f"{len(request.messages)} messages"]
 
 
-backend = ScriptedBackend()
+class Backend(ScriptedBackend):
+    """It may be loading."""
+
+    def status(self) -> Status:
+        loading = Path(os.environ.get("PAGE_LOADING", "")).is_file()
+        return Status(Phase.LOADING, "weights") if loading else Status(Phase.READY)
+
+
+backend = Backend()
 backend.answer, backend.apart_s = answer, 0.05
 app = create_app(backend=backend)

@@ -20,7 +20,7 @@ def ask(page: Page, text: str, number: int) -> None:
 
 
 def main() -> None:
-    """Wide and light, in both languages; narrow and dark."""
+    """Wide and on a phone, light and dark, in both languages."""
     with (
         tempfile.TemporaryDirectory() as folder,
         Server(Path(folder) / "log") as server,
@@ -31,21 +31,28 @@ def main() -> None:
             ("en", "page.png", ("what shape is it?", "what color is the triangle?")),
             ("zh-CN", "page.zh-CN.png", ("这张图里有什么？", "是什么颜色？")),
         ):
-            size = {"width": 1100, "height": 1050}
+            size = {"width": 1280, "height": 1050}
             with opened(browser, server.url, viewport=size, locale=locale) as page:
                 page.locator("#samples button").nth(1).click()
                 for number, question in enumerate(questions):
                     ask(page, question, number)
                 page.evaluate("scrollTo(0, 0)")
                 page.screenshot(path=DOCS / name)
-        size, dark = {"width": 375, "height": 900}, {"locale": "en", "color_scheme": "dark"}
-        with opened(browser, server.url, viewport=size, **dark) as page:
-            page.locator("#samples button").nth(0).click()
-            ask(page, "what shape is it?", 0)
-            page.locator("#show-status").click()
-            page.wait_for_timeout(3000)
-            page.evaluate("scrollTo(0, 0)")
-            page.screenshot(path=DOCS / "page-phone.png")
+        phone = {"viewport": {"width": 375, "height": 812}, "is_mobile": True, "has_touch": True}
+        for locale, colours, name, question in (
+            ("en", "dark", "page-phone.png", "what shape is it?"),
+            ("zh-CN", "light", "page-phone.zh-CN.png", "这张图里有什么？"),
+        ):
+            look = {"locale": locale, "color_scheme": colours}
+            with opened(browser, server.url, **phone, **look) as page:
+                page.locator("#samples button").nth(0).tap()
+                page.locator("#question").fill(question)
+                page.locator("#send").tap()
+                page.locator("article.assistant footer:not([hidden])").wait_for()
+                if locale == "en":
+                    page.locator("#show-status").tap()
+                page.wait_for_timeout(3000)
+                page.screenshot(path=DOCS / name)
 
 
 if __name__ == "__main__":

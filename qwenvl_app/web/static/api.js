@@ -32,11 +32,12 @@ async function ask(path, options = {}) {
 }
 
 // The server refuses some requests by their head, before a route can shape the answer.
+const BY_CODE = { loading: "notReady" };
 const BY_STATUS = { 401: "unauthorized", 413: "too_large", 429: "busy", 503: "busy", 504: "deadline" };
 
 async function refusal(response) {
-  const { message = response.statusText, param } = (await response.json().catch(() => ({}))).error ?? {};
-  const code = param?.endsWith(".image_url") ? "bad_image" : BY_STATUS[response.status] ?? "other";
+  const { message = response.statusText, param, code: reason } = (await response.json().catch(() => ({}))).error ?? {};
+  const code = param?.endsWith(".image_url") ? "bad_image" : BY_CODE[reason] ?? BY_STATUS[response.status] ?? "other";
   return new Refused(code, message, response.headers.get("Retry-After"));
 }
 

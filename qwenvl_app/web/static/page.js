@@ -5,7 +5,7 @@ import { draw, marks } from "./boxes.js";
 import { dataURL, shrunk } from "./pictures.js";
 import { curl, python } from "./recipes.js";
 import { toggle } from "./status.js";
-import { hint, translate, word } from "./words.js";
+import { explainer, hint, translate, word } from "./words.js";
 
 const $ = (selector) => document.querySelector(selector);
 const [log, question, problem] = [$("#log"), $("#question"), $("#problem")];
@@ -13,6 +13,7 @@ const [log, question, problem] = [$("#log"), $("#question"), $("#problem")];
 const attached = []; // files of the next question
 const turns = []; // { role, text, files, urls }: what the model is told
 let name = "";
+let nextLook = null; // timer
 let running = null; // AbortController of the answer that is coming
 
 translate();
@@ -41,6 +42,7 @@ function askForKey(error) {
 
 // The phase, in the header: every second until it is ready, then every ten.
 async function watch() {
+  clearTimeout(nextLook);
   let now = { phase: "away" };
   try {
     now = await phase();
@@ -51,14 +53,23 @@ async function watch() {
   if ($("#phase").textContent !== text) $("#phase").textContent = text;
   $("#model").dataset.phase = now.phase;
   if (now.phase !== "away" && !name && $("#access").hidden) know();
-  setTimeout(watch, now.phase === "ready" ? 10_000 : 1000);
+  clearTimeout(nextLook); // of another look, meanwhile
+  nextLook = setTimeout(watch, now.phase === "ready" ? 10_000 : 1000);
 }
 
+const isPicture = (file) => file.type.startsWith("image/") || /\.(hei[cf]|avif|tiff?)$/i.test(file.name);
+
 function attach(files) {
-  attached.push(...[...files].filter((file) => file.type.startsWith("image/") || /\.(hei[cf]|avif|tiff?)$/i.test(file.name)));
-  problem.textContent = "";
+  const other = [...files].find((file) => !isPicture(file));
+  attached.push(...[...files].filter(isPicture));
+  problem.textContent = other ? word("notPicture", { m: other.name }) : "";
   showAttached();
-  question.focus();
+  write();
+}
+
+// To the next question; on a phone the keyboard would come up and hide the answer.
+function write() {
+  if (matchMedia("(hover: hover)").matches) question.focus();
 }
 
 function showAttached() {
@@ -78,6 +89,13 @@ function showAttached() {
 function picture(file) {
   const image = Object.assign(new Image(), { alt: file.name, src: URL.createObjectURL(file) });
   image.onload = image.onerror = () => URL.revokeObjectURL(image.src);
+  return image;
+}
+
+// A picture of the conversation. Its size is known when it is there: then the end is out of sight.
+function shown(file) {
+  const image = picture(file);
+  image.addEventListener("load", () => log.lastElementChild?.scrollIntoView({ block: "end" }));
   return image;
 }
 
@@ -107,7 +125,7 @@ async function ask() {
     const turn = { role: "user", text, files: sent, urls: await Promise.all(sent.map(dataURL)) };
     asked = addTurn("user");
     asked.querySelector(".text").textContent = text;
-    asked.querySelector(".pictures").append(...sent.map(picture));
+    asked.querySelector(".pictures").append(...sent.map(shown));
     attached.length = 0;
     showAttached();
     question.value = "";
@@ -124,7 +142,8 @@ async function ask() {
     running = null;
     busy(false);
   }
-  question.focus();
+  write();
+  if (refused) watch();
   if (refused?.code === "unauthorized") askForKey(refused);
   else if (refused) problem.textContent = explain(refused);
 }
@@ -170,7 +189,7 @@ function mark(article, text) {
   const file = turns.findLast((turn) => turn.files.length)?.files.at(-1);
   if (!found.length || !file) return;
   const frame = document.createElement("figure");
-  const image = picture(file);
+  const image = shown(file);
   image.addEventListener("load", () => frame.append(draw(found, image.naturalWidth, image.naturalHeight)));
   frame.append(image);
   article.querySelector(".pictures").append(frame);
@@ -181,8 +200,11 @@ const time = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixe
 // How long each stage took, and the buttons that copy.
 function tell(article, messages, { whole, first, usage, finish, timings, written }) {
   const facts = [];
-  const add = (name, value = "") =>
-    facts.push(Object.assign(document.createElement("li"), { textContent: `${word(name)} ${value}`, title: hint(name) }));
+  const add = (name, value = "") => {
+    const fact = Object.assign(document.createElement("li"), { textContent: `${word(name)} ${value}` });
+    fact.append(Object.assign(document.createElement("span"), { className: "hint", textContent: hint(name) }));
+    facts.push(fact);
+  };
   if (finish === "stopped" || finish === "length") add(finish === "stopped" ? "stopped" : "cut");
   if (first !== null) add("first", time(first));
   add("whole", time(whole));
@@ -199,8 +221,12 @@ function tell(article, messages, { whole, first, usage, finish, timings, written
   const asked = messages.at(-1);
   if (messages.length === 1 && asked.files.length === 1) copies.curl = curl(asked);
   copies.Python = python(name, messages);
-  article.querySelector(".copies").append(...Object.entries(copies).map(([label, text]) => copyButton(label, text)));
-  article.querySelector("footer").hidden = false;
+  const footer = article.querySelector("footer");
+  footer.querySelector(".copies").append(
+    ...Object.entries(copies).map(([label, text]) => copyButton(label, text)),
+    explainer(footer),
+  );
+  footer.hidden = false;
   article.scrollIntoView({ block: "end" });
 }
 
@@ -252,14 +278,15 @@ $("#fresh").onclick = () => {
   showAttached();
   problem.textContent = "";
   $("#welcome").hidden = false;
-  question.focus();
+  write();
 };
+$("#status-title").after(explainer($("#status")));
 $("#show-status").onclick = () => toggle($("#show-status"), $("#status"));
 $("#access").addEventListener("submit", (event) => {
   event.preventDefault();
   setKey($("#key").value);
   problem.textContent = "";
-  know().then(() => $("#access").hidden && question.focus());
+  know().then(() => $("#access").hidden && write());
 });
 for (const id of ["#choose", "#photo"]) {
   $(id).addEventListener("change", (event) => {

@@ -28,15 +28,17 @@ function show(now, rate) {
     running: `${now.get("num_requests_running")} / ${now.get("batch_slots")}`,
     waiting: now.get("num_requests_waiting"),
     tokens: rate.toFixed(0),
-    kv: `${now.get("kv_cache_tokens").toLocaleString()} / ${budget.toLocaleString()}`,
+    // A gateway has no cache of its own.
+    ...(budget && { kv: `${now.get("kv_cache_tokens").toLocaleString()} / ${budget.toLocaleString()}` }),
     ttft: answers ? seconds(now.get("time_to_first_token_seconds_sum") / answers) : "–",
     refused: refusals(now),
   };
   document.querySelector("#figures").replaceChildren(...Object.entries(rows).map(([name, value]) => {
-    const row = Object.assign(document.createElement("div"), { title: hint(name) });
+    const row = document.createElement("div");
     row.append(
       Object.assign(document.createElement("dt"), { textContent: word(name) }),
       Object.assign(document.createElement("dd"), { textContent: value }),
+      Object.assign(document.createElement("dd"), { className: "hint", textContent: hint(name) }),
     );
     return row;
   }));

@@ -6,11 +6,12 @@ const WORDS = {
     fresh: "新对话",
     status: "运行状态",
     rate: "最近两分钟每秒生成的 token 数",
-    demo: "当前是内置的演示模型：只认识彩色的圆形、矩形和三角形。认识万物的模型请见 README。",
+    demo: "当前是内置的演示模型：只认识浅色背景上的一个彩色圆形、矩形或三角形。认识万物的模型请见 README。",
     key: "此服务需要 API 密钥",
     use: "使用",
     welcome: "问问图片里有什么",
     how: "把图片拖到这里、粘贴，或点“选择图片”。也可以先用一张示例：",
+    howPhone: "拍一张照片，或选择一张图片。也可以先用一张示例：",
     log: "对话",
     attached: "将要发送的图片",
     question: "输入关于图片的问题",
@@ -25,6 +26,7 @@ const WORDS = {
     picture: "图片",
     copy: "复制回答",
     copied: "已复制",
+    explain: "说明",
     stopped: "已停止",
     cut: "达到长度上限，回答被截断",
     first: "首字用时",
@@ -38,6 +40,7 @@ const WORDS = {
     whole: "总用时",
     need: "请先输入问题。",
     needPicture: "请先放一张图片。",
+    notPicture: "{m} 不是图片。",
     sure: "这是什么？",
     loading: "模型加载中",
     ready: "就绪",
@@ -45,7 +48,8 @@ const WORDS = {
     draining: "正在停止",
     away: "连不上服务",
     busy: "服务正忙，请在 {s} 秒后重试。",
-    too_large: "图片或请求太大，请缩小图片后重试。",
+    notReady: "模型还在加载，上方显示“就绪”后再提问。",
+    too_large: "图片或请求太大，请勾选“大图先缩小再发送”后重试。",
     unauthorized: "API 密钥缺失或不正确。",
     deadline: "没有在时限内完成，请稍后重试。",
     broken: "回答中断了，请重试。",
@@ -65,11 +69,12 @@ const WORDS = {
     fresh: "New conversation",
     status: "Status",
     rate: "Tokens written a second, last two minutes",
-    demo: "This is the embedded demo model: it knows coloured circles, rectangles and triangles, and nothing else. The README tells how to serve one that knows the world.",
+    demo: "This is the embedded demo model: it knows a coloured circle, rectangle or triangle on a pale background, and nothing else. The README tells how to serve one that knows the world.",
     key: "This service asks for an API key",
     use: "Use it",
     welcome: "Ask what is in a picture",
     how: "Drop a picture here, paste one, or choose one. Or begin with a sample:",
+    howPhone: "Take a photo, or choose a picture. Or begin with a sample:",
     log: "Conversation",
     attached: "Pictures to be sent",
     question: "Ask something about the picture",
@@ -84,6 +89,7 @@ const WORDS = {
     picture: "Picture",
     copy: "Copy answer",
     copied: "Copied",
+    explain: "Explain",
     stopped: "Stopped",
     cut: "Cut at the longest length",
     first: "first word after",
@@ -97,6 +103,7 @@ const WORDS = {
     whole: "total",
     need: "Enter a question first.",
     needPicture: "Add a picture first.",
+    notPicture: "{m} is not a picture.",
     sure: "What is in this picture?",
     loading: "Loading the model",
     ready: "Ready",
@@ -104,7 +111,8 @@ const WORDS = {
     draining: "Stopping",
     away: "The service can't be reached",
     busy: "The service is busy. Try again in {s} s.",
-    too_large: "The picture or the request is too large. Try a smaller picture.",
+    notReady: "The model is still loading. Ask again when it says Ready above.",
+    too_large: "The picture or the request is too large. Tick “Make large pictures smaller” and try again.",
     unauthorized: "The API key is missing or wrong.",
     deadline: "The answer was not ready in time. Try again later.",
     broken: "The answer broke off. Try again.",
@@ -113,15 +121,15 @@ const WORDS = {
     running: "Being answered",
     waiting: "Waiting",
     tokens: "Tokens a second",
-    kv: "Memory in use (tokens)",
-    ttft: "First word after, on average",
+    kv: "Memory (tokens)",
+    ttft: "First word, average",
     refused: "Refused and failed",
     none: "none",
     boxes: "{n} marks",
   },
 };
 
-// What a word means that stands for something technical; shown where the pointer rests on it.
+// What a word means that stands for something technical.
 const HINTS = {
   zh: {
     shrink: "长边缩到 2048 像素以内：上传和回答更快，但图中小字可能看不清",
@@ -168,12 +176,20 @@ export function word(name, values = {}) {
 
 export const hint = (name) => HINTS[language][name] ?? "";
 
+// Shows and hides the hints inside an element: by mouse, by finger, by key.
+export function explainer(within) {
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: word("explain") });
+  button.setAttribute("aria-expanded", "false");
+  button.onclick = () => button.setAttribute("aria-expanded", String(within.classList.toggle("explained")));
+  return button;
+}
+
 // Fills in every element that names a word, in the browser's language.
 export function translate() {
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
   document.title = `qwenvl · ${word("title")}`;
   for (const one of document.querySelectorAll("[data-word]")) one.textContent = word(one.dataset.word);
-  for (const one of document.querySelectorAll("[data-hint]")) one.title = hint(one.dataset.hint);
+  for (const one of document.querySelectorAll("[data-hint]")) one.textContent = hint(one.dataset.hint);
   for (const one of document.querySelectorAll("[data-placeholder]")) one.placeholder = word(one.dataset.placeholder);
   for (const one of document.querySelectorAll("[data-label]")) one.setAttribute("aria-label", word(one.dataset.label));
 }
