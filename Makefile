@@ -58,6 +58,8 @@ clean:
 $(VENV)/created:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name it: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
+# Python 3.11 brings a pip that takes twice as long to find out what to install.
+	$(INSTALL) pip==26.3
 	touch $@
 
 $(VENV)/runtime: $(VENV)/created requirements.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -33,6 +34,13 @@ def _threads() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """The fixtures that integrators use; as pytest_plugins they would come after their import."""
     config.pluginmanager.register(testing)
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays, and to look through it again and again takes long."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import argparse
 import base64
+import fcntl
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -143,10 +146,8 @@ def config(
     }
 
 
-@cache
-def vocabulary() -> dict[bytes, int]:
+def vocabulary(downloads: Path) -> dict[bytes, int]:
     """The 151,643 entries of the tokenizer, each with its rank. OSError if it can't be had."""
-    downloads = Path(sys.prefix) / "downloads"
     wheels = list(downloads.glob("dashscope-*.whl"))
     if not wheels:
         fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", _WHEEL]
@@ -162,13 +163,12 @@ def vocabulary() -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
-@cache
-def merges() -> list[tuple[bytes, bytes]]:
+def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pair that each longer entry was merged from, in the order of their ranks.
 
     It is what is left when the entry's bytes are merged by all lower ranks.
     """
-    ranks, pairs = vocabulary(), []
+    pairs = []
     for token, rank in ranks.items():
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
@@ -184,19 +184,15 @@ def merges() -> list[tuple[bytes, bytes]]:
     return pairs
 
 
-def write_tokenizer(directory: Path) -> None:
-    """vocab.json, merges.txt, tokenizer.json and tokenizer_config.json, as published.
-
-    OSError if the vocabulary can't be had.
-    """
-    ranks = vocabulary()
+def _make_tokenizer(directory: Path) -> None:
+    ranks = vocabulary(directory.parent)
     letters = bytes_to_unicode()
 
     def spell(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
 
     spelled = {spell(token): rank for token, rank in ranks.items()}
-    lines = [f"{spell(left)} {spell(right)}" for left, right in merges()]
+    lines = [f"{spell(left)} {spell(right)}" for left, right in merges(ranks)]
     _write(directory / "vocab.json", spelled)
     (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), "utf-8")
     added = {
@@ -231,6 +227,25 @@ def write_tokenizer(directory: Path) -> None:
     )
     fast: Any = Qwen2Tokenizer.from_pretrained(directory, local_files_only=True)
     fast.backend_tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def write_tokenizer(directory: Path) -> None:
+    """vocab.json, merges.txt, tokenizer.json and tokenizer_config.json, as published.
+
+    Made once for all processes and runs: that takes seconds. OSError if the vocabulary can't be
+    had.
+    """
+    downloads = Path(sys.prefix) / "downloads"
+    downloads.mkdir(exist_ok=True)
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + TEMPLATE.encode())
+    made = downloads / f"tokenizer-{transformers.__version__}-{recipe.hexdigest()[:16]}"
+    with (downloads / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            unfinished = Path(tempfile.mkdtemp(dir=downloads))
+            _make_tokenizer(unfinished)
+            unfinished.rename(made)
+    shutil.copytree(made, directory, dirs_exist_ok=True)
 
 
 def write_weights(

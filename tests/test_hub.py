@@ -24,6 +24,7 @@ from qwenvl_app.generation import Phase
 from qwenvl_app.loading.checkpoint import find
 from qwenvl_app.loading.load import load
 from qwenvl_app.settings import load_settings
+from tests.commands import invoke
 from tests.hub import COMMITS, NAME, SHARDS, UNWANTED, Hub, publish
 from tests.test_cli import ROOT, flask
 from tests.waiting import until
@@ -297,8 +298,8 @@ def test_the_command(hub: Hub, tmp_path: Path):
     assert lines[-1] == f"{NAME} is in {cache(tmp_path)}"
     assert f"taking revision master of {NAME}" in done.stderr
     hub.close()
-    assert flask("download", QWENVL_MODEL=NAME).returncode == 0
-    done = flask("download", QWENVL_MODEL="/nowhere")
+    assert invoke("download", QWENVL_MODEL=NAME).returncode == 0
+    done = invoke("download", QWENVL_MODEL="/nowhere")
     assert done.returncode == 1
     assert done.stderr == "qwenvl: the directory that QWENVL_MODEL names does not exist\n"
 
