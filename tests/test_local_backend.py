@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import subprocess
@@ -15,6 +16,7 @@ from PIL import Image
 
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import engine as engines
+from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.errors import DeadlineExceeded, InternalError, Unavailable
 from qwenvl_app.generation import FinishReason, GenerationRequest, Phase, SamplingParams, question
 from qwenvl_app.loading.load import load
@@ -29,9 +31,14 @@ def loaded():
     return load("demo")
 
 
+def own(loaded: LoadedModel) -> LoadedModel:
+    """A backend keeps no weights that are in C++ as well."""
+    return dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))
+
+
 @pytest.fixture
 def local(loaded, monkeypatch) -> Iterator[LocalBackend]:
-    monkeypatch.setattr("qwenvl_app.loading.load.load", lambda _name, **_options: loaded)
+    monkeypatch.setattr("qwenvl_app.loading.load.load", lambda _name, **_options: own(loaded))
     backend = LocalBackend(load_settings({}))
     while backend.status().phase is Phase.LOADING:
         time.sleep(0.005)
@@ -123,7 +130,7 @@ class Blockade:
 
 @pytest.fixture
 def impatient(loaded, monkeypatch) -> Iterator[LocalBackend]:
-    monkeypatch.setattr("qwenvl_app.loading.load.load", lambda _name, **_options: loaded)
+    monkeypatch.setattr("qwenvl_app.loading.load.load", lambda _name, **_options: own(loaded))
     backend = LocalBackend(load_settings({}, stall_timeout_s=1.0))
     until(lambda: backend.status().phase is Phase.READY)
     yield backend
