@@ -150,7 +150,7 @@ def test_secrets_are_not_shown():
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
     assert rows["api_keys"] == rows["remote_api_key"] == ["(set)", "environment"]
     assert "sekret" not in done.stdout
-    assert flask("check-config").stdout.count("(unset)") == 2
+    assert invoke("check-config").stdout.count("(unset)") == 2
 
 
 def test_the_list_of_commands_is_whole():

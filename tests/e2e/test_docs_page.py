@@ -70,7 +70,7 @@ def test_a_question_is_asked_from_it_behind_a_prefix(page: Page, server: Server,
     assert not said
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.slow), "dark"])
 def test_it_follows_the_system_s_colours(browser: Browser, server: Server, scheme: str):
     with opened(browser, server.url, color_scheme=scheme) as page:
         page.goto(f"{server.url}/docs")

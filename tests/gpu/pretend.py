@@ -233,12 +233,12 @@ class Gpus(TorchDispatchMode):
         return _same(tensors, str(func))
 
     def _wait(self, what: str) -> None:
-        for frame in reversed(traceback.extract_stack()):
-            for package in ("/qwenvl_app/", "/transformers/"):
-                if package in frame.filename:
-                    file = frame.filename.rpartition("/")[2]
-                    self.waits[f"{what} ({file}: {frame.name}: {frame.line})"] += 1
-                    return
+        for frame, line in traceback.walk_stack(None):
+            path = frame.f_code.co_filename
+            if "/qwenvl_app/" in path or "/transformers/" in path:
+                file = path.rpartition("/")[2]
+                self.waits[f"{what} ({file}:{line}: {frame.f_code.co_name})"] += 1
+                return
         self.waits[what] += 1
 
     def _count(self, host: torch.Tensor) -> None:

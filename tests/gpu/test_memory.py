@@ -100,10 +100,13 @@ def test_the_vision_tower(measured, tell: Tell):
     """From the pixels to what the language model takes."""
     meter, runner = measured.meter, measured.runner
     image = Image.effect_noise((1024, 512), 90).convert("RGB")
-    [span] = prepare(measured.loaded, request(image, "x" * 100)).images
-    span.pixels = measured.loaded.patcher.patches(image)
+    small = image.crop((0, 0, 256, 256))
+    [first], [span] = (
+        prepare(measured.loaded, request(each, "x")).images for each in (small, image)
+    )
+    first.pixels, span.pixels = (measured.loaded.patcher.patches(each) for each in (small, image))
     with meter.here(), torch.inference_mode():
-        runner.begin_vision([span]).advance(0, runner.depth)  # whatever is made at the first time
+        runner.begin_vision([first]).advance(0, runner.depth)  # whatever is made at the first time
         before = meter.allocated
         meter.restart()
         features = runner.begin_vision([span]).advance(0, runner.depth)
