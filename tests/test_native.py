@@ -108,12 +108,19 @@ def test_nor_if_the_compiler_fails(wild, body, monkeypatch, tmp_path, caplog):
     assert "the model's layers are PyTorch's" in caplog.text
 
 
-def test_it_is_compiled_once(wild, monkeypatch, tmp_path):
+def test_it_is_compiled_once(monkeypatch, tmp_path):
+    source = tmp_path / "native.cpp"
+    made = "".join(f"void* new_{part}() {{ return 0; }}\n" for part in ("team", "text", "tower"))
+    source.write_text(f'extern "C" {{ {made} }}')
+    monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(library, "_SOURCE", source)
     monkeypatch.setattr(library, "_CACHE", tmp_path / "cache")
     for _ in range(2):
-        with_native(wild)
-    (made,) = (tmp_path / "cache").iterdir()
-    assert made.suffix == ".so"
-    monkeypatch.setattr(library, "_CACHE", tmp_path / "file" / "cache")
-    (tmp_path / "file").touch()  # nothing can be kept there
-    with_native(wild)
+        assert library.build()
+    (kept,) = (tmp_path / "cache").iterdir()
+    source.write_text(f'extern "C" {{ {made} }}  // another')
+    assert library.build()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert kept.suffix == ".so"
+    monkeypatch.setattr(library, "_CACHE", source / "cache")  # nothing can be kept there
+    assert library.build()
