@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import logging
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING
 
 from qwenvl_app import process
@@ -30,6 +32,16 @@ _OUT = (
 )
 
 
+# Those that nobody has closed when the process ends, as after ``flask routes``: see ``close``.
+_open: weakref.WeakSet[LocalBackend] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for backend in list(_open):
+        backend.close()
+
+
 class LocalBackend:
     """See ``backends.Backend``."""
 
@@ -41,6 +53,7 @@ class LocalBackend:
         self._next_line = 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="local-backend", daemon=True)
+        _open.add(self)
         self._thread.start()
 
     def status(self) -> Status:
