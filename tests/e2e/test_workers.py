@@ -148,10 +148,16 @@ def test_their_number_is_a_setting(two: Server):
 
 def directory(server: Server) -> Path:
     """What the workers share, which is gone with them."""
-    maps = Path(f"/proc/{server.workers[0]}/maps").read_text()
-    match = re.search(r"(/\S+/qwenvl-\w+)/counter", maps)
-    assert match and Path(match[1]).is_dir()
-    return Path(match[1])
+    found: list[str] = []
+
+    def mapped() -> bool:  # a worker that is still loading has not got it yet
+        maps = Path(f"/proc/{server.workers[0]}/maps").read_text()
+        found.extend(re.findall(r"(/\S+/qwenvl-\w+)/counter", maps))
+        return bool(found)
+
+    until(mapped)
+    assert Path(found[0]).is_dir()
+    return Path(found[0])
 
 
 def test_who_comes_while_one_still_answers_is_told(tmp_path: Path):
