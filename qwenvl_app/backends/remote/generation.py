@@ -147,7 +147,7 @@ class RemoteGeneration:
                 response.close()  # nothing, if all of it was read
 
     def _send(self, upstream: Upstream, exchange: Exchange) -> BaseHTTPResponse:
-        body = self._body.to(upstream.owner)
+        body = self._body.to(upstream.software)
         headers = self._backend.headers | {
             "Content-Type": "application/json",
             "Content-Length": str(body.length),

@@ -49,9 +49,9 @@ class Body:
         """Bytes."""
         return sum(map(len, self.pieces))
 
-    def to(self, owner: str) -> Body:
-        """As a server whose models ``owner`` owns takes it: others may refuse fields of llama's."""
-        if owner != "llamacpp" or not self.llama:
+    def to(self, software: str) -> Body:
+        """As a server of that ``software`` takes it: others may refuse fields of llama-server's."""
+        if software != "llamacpp" or not self.llama:
             return self
         more = json.dumps(self.llama, separators=(",", ":")).encode()
         last = self.pieces[-1].removesuffix(b"}") + b"," + more.removeprefix(b"{")

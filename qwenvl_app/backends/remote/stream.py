@@ -46,7 +46,7 @@ def events(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def models(body: bytes) -> dict[str, str]:
-    """The owner of each model in a list, by its name; none if it is no list."""
+    """Of each listed model the software, in ``owned_by``; none if ``body`` is no list."""
     try:
         listed = json.loads(body)["data"]
         return {str(model["id"]): str(model.get("owned_by")) for model in listed}

@@ -39,7 +39,7 @@ class Upstream:
         self.problem: str | None = "not asked yet"  # None: the last probe was well
         self.asked = threading.Event()  # it was probed
         self.for_operator = False  # whether waiting would not mend the problem
-        self.owner = ""  # of its model, as its list has it: "vllm", "llamacpp"
+        self.software = ""  # "vllm", "llamacpp": who owns its model, as its list has it
         self.running = 0
         self._lock = threading.Lock()
         self._failures = 0  # of requests, in a row
@@ -208,10 +208,10 @@ class Upstreams:
                 status, body = self._get(upstream, exchange, "/v1/models")
                 if status != 200:
                     return f"its /v1/models says {status}", status in (401, 403, 404)
-                owners = models(body)
-                if self._model not in owners:
+                served = models(body)
+                if self._model not in served:
                     return "it does not serve the model that QWENVL_REMOTE_MODEL names", True
-                upstream.owner = owners[self._model]
+                upstream.software = served[self._model]
                 return None, False
         except TRANSPORT as error:
             return f"cannot be asked ({type(error).__name__})", False
