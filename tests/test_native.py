@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import shutil
@@ -46,6 +47,19 @@ def test_tokens_are_those_of_generate(wild, asked, slots, threads):
     with running(with_native(wild, threads), slots=slots) as engine:
         pairs = together(engine, asked)
         assert engine._runner._native.text
+    judge(pairs)
+
+
+def test_a_model_that_is_taken_over_keeps_no_products_and_answers(wild, asked):
+    own = dataclasses.replace(wild, model=copy.deepcopy(wild.model))
+    own = with_native(own)
+    own.native.take_over(own.model)
+    parts = own.model.model.language_model.layers, own.model.lm_head, own.model.model.visual.blocks
+    linear = [m for part in parts for m in part.modules() if isinstance(m, torch.nn.Linear)]
+    assert linear
+    assert not any(each.weight.numel() for each in linear)
+    with running(own) as engine:
+        pairs = together(engine, asked[:4])
     judge(pairs)
 
 

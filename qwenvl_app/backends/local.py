@@ -135,9 +135,10 @@ class LocalBackend:
             say=self._say,
         )
         if settings.compile != "off":
-            room, threads = devices.spare(plan) // 2, process.threads(settings.cpu_threads)
-            made = native.create(loaded.model, room, threads)
+            threads = process.threads(settings.cpu_threads)
+            made = native.create(loaded.model, devices.spare(plan), threads)
             made.take_over(loaded.model)
+            process.return_free_memory()
             loaded = dataclasses.replace(loaded, native=made)
         fused.fuse(loaded.model)
         return loaded, devices.after_loading(loaded, plan, self._say)

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qwenvl_app.engine.kv_cache import SlotCache
 
-Span = tuple[int, int, int]  # of a slot: its number, the first token's place, how many tokens
+Chunk = tuple[int, int, int]  # of a slot: its number, the first token's place, how many tokens
 
 
 class EagerText:
@@ -24,17 +24,17 @@ class EagerText:
         cache: SlotCache,
         embeds: torch.Tensor,
         positions: torch.Tensor,
-        spans: Many[Span],
+        chunks: Many[Chunk],
         images: torch.Tensor | None = None,
         deepstack: Many[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Compute the tokens of ``spans``, one after the other, and write them to ``cache``.
+        """Compute the tokens of ``chunks``, one after the other, and write them to ``cache``.
 
         ``embeds`` (tokens, hidden); ``positions`` (tokens, 3). ``deepstack``: for each of the first
         layers, (image tokens, hidden); ``images`` (tokens) tells which of those is a token's, in
-        order, or -1. Logits (spans, vocabulary): after the last token of each span.
+        order, or -1. Logits (chunks, vocabulary): after the last token of each.
         """
-        slots, starts, widths = zip(*spans, strict=True)
+        slots, starts, widths = zip(*chunks, strict=True)
         visual: dict[str, Any] = {}
         if deepstack and images is not None:
             where = _rows(images >= 0, widths).to(embeds.device)
@@ -49,7 +49,7 @@ class EagerText:
         ).last_hidden_state
         ends = torch.tensor(widths, device=hidden.device) - 1
         logits: torch.Tensor = self._head(
-            hidden[torch.arange(len(spans), device=ends.device), ends]
+            hidden[torch.arange(len(chunks), device=ends.device), ends]
         )
         return logits
 

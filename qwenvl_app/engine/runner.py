@@ -104,14 +104,14 @@ class Runner:
         each = list(zip(sequences, slots, widths, strict=True))
         if self.layout.states and len(each) > 1:  # what pads a row would be read
             return torch.cat([self.prefill(cache, [s], [slot], [width]) for s, slot, width in each])
-        spans = [(slot, s.computed, width) for s, slot, width in each]
-        parts = [slice(start, start + width) for _, start, width in spans]
+        chunks = [(slot, s.computed, width) for s, slot, width in each]
+        parts = [slice(start, start + width) for _, start, width in chunks]
         ids = [n for s, here in zip(sequences, parts, strict=True) for n in s.inputs.ids[here]]
         turned = [s.inputs.positions[:, p] for s, p in zip(sequences, parts, strict=True)]
         embeds = self._text.embed_tokens(torch.tensor(ids, device=self._device))
         images, deepstack = self._place_images(embeds, sequences, parts)
         positions = torch.cat(turned, 1).T.contiguous()
-        return self._forward(cache, embeds, positions, spans, images, deepstack)
+        return self._forward(cache, embeds, positions, chunks, images, deepstack)
 
     def _place_images(
         self, embeds: torch.Tensor, sequences: list[Sequence], parts: list[slice]
@@ -146,9 +146,9 @@ class Runner:
         """One token for each of the slots 0 to n; logits (n, vocabulary)."""
         if self._native.text:
             embeds = self._text.embed_tokens(torch.tensor(ids))
-            spans = [(slot, start, 1) for slot, start in enumerate(starts)]
+            chunks = [(slot, start, 1) for slot, start in enumerate(starts)]
             places = torch.tensor(positions)[:, None].repeat(1, 3)
-            return self._native.text(cache, embeds, places, spans)
+            return self._native.text(cache, embeds, places, chunks)
         if self.compiled and self.compiled.fits(cache, len(ids)):
             return self.compiled(cache, ids, positions, starts)
         return self._decode(cache, ids, positions, starts)

@@ -4,7 +4,7 @@
 #include "kernels.h"
 #include "team.h"
 
-constexpr int ROWS = 16 * TILE;  // of a part
+constexpr int PANEL = 16 * TILE;  // rows of a part
 constexpr long FEW = 8;          // rows of a part of what is no product
 
 // Calls ``each(row)`` for so many rows.
@@ -19,11 +19,11 @@ static void for_rows(Team& team, long rows, const Each& each) {
 template <class Write>
 static void multiply(Team& team, const float* x, long rows, long inputs, const float* w,
                      long columns, const Write& write) {
-  const long blocks = (columns + BLOCK - 1) / BLOCK, panels = (rows + ROWS - 1) / ROWS;
+  const long blocks = (columns + BLOCK - 1) / BLOCK, panels = (rows + PANEL - 1) / PANEL;
   team.share(panels * blocks, [&](long part) {
-    float sums[ROWS * BLOCK];
-    const long first = part / blocks * ROWS, column = part % blocks * BLOCK;
-    const long count = std::min<long>(ROWS, rows - first);
+    float sums[PANEL * BLOCK];
+    const long first = part / blocks * PANEL, column = part % blocks * BLOCK;
+    const long count = std::min<long>(PANEL, rows - first);
     product(x + first * inputs, inputs, count, inputs, w + column * inputs, BLOCK, BLOCK, sums,
             BLOCK);
     for (long r = 0; r < count; r++)

@@ -8,8 +8,11 @@ import logging
 import shutil
 import subprocess
 import tempfile
+import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,11 @@ def build() -> ctypes.CDLL | None:
     for name in _CONSTRUCTORS:
         getattr(made, name).restype = ctypes.c_void_p
     return made
+
+
+def freed_with(owner: object, delete: Callable[[Any], None], made: Any) -> None:
+    """``made`` is deleted with ``owner``; not by the process's end, when a thread may be in it."""
+    weakref.finalize(owner, delete, made).atexit = False
 
 
 def _compiled(compiler: str, folder: Path) -> Path:

@@ -53,8 +53,8 @@ class TextCall(_Struct):
     """Tokens of some slots: their inputs, the cache's addresses, where logits go."""
 
     _fields_ = [
-        *_longs("threads", "tokens", "spans", "images", "length"),
-        *_pointers("x", "positions", "span", "keys", "values", "image", "deepstack", "logits"),
+        *_longs("threads", "tokens", "chunks", "images", "length"),
+        *_pointers("x", "positions", "chunk", "keys", "values", "image", "deepstack", "logits"),
     ]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
+
+from qwenvl_app.engine.native.library import freed_with
 
 _MANY = 128  # rows: from then on a call takes milliseconds
 
@@ -19,7 +20,7 @@ class Team:
         library.delete_team.argtypes = (ctypes.c_void_p,)
         self._few, self._many = few, max(few, many)
         self.address = ctypes.c_void_p(library.new_team(self._many))
-        weakref.finalize(self, library.delete_team, self.address)
+        freed_with(self, library.delete_team, self.address)
 
     def threads(self, rows: int) -> int:
         """For a call of so many."""

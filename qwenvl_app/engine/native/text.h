@@ -19,21 +19,21 @@ struct TextModel {
   const TextLayer* layer;
 };
 
-struct Span {
+struct Chunk {
   long slot, start, width;  // tokens of a slot from a place on
 };
 
 // Tokens of some slots, those of each side by side.
 struct TextCall {
-  long threads, tokens, spans, images, length;  // of the cache: (slots, kv_heads, length, head_dim)
+  long threads, tokens, chunks, images, length;  // of the cache: (slots, kv_heads, length, head_dim)
   float* x;                            // (tokens, hidden): embeddings
   const long* positions;               // (tokens, 3)
-  const Span* span;
+  const Chunk* chunk;
   float* const* keys;  // of each layer
   float* const* values;
   const long* image;               // of each token, its row in what follows, or -1
   const float* const* deepstack;   // (..., hidden), to be added after so many first layers
-  float* logits;                   // (spans, vocabulary): after the last token of each
+  float* logits;                   // (chunks, vocabulary): after the last token of each
 };
 
 }  // extern "C"
@@ -74,9 +74,9 @@ class Text {
 
  private:
   struct Part {
-    const Span* span;
-    long token, head, first, count;  // the span's first token; queries
-    long packed;                     // where the span's keys begin
+    const Chunk* chunk;
+    long token, head, first, count;  // the chunk's first token; queries
+    long packed;                     // where the chunk's keys begin
   };
 
   long width(long heads) const { return heads * m_.head_dim; }
@@ -87,23 +87,23 @@ class Text {
     const long half = m_.head_dim / 2, tokens = call_->tokens;
     places_.clear(), single_.clear(), many_.clear(), blocks_.clear();
     long token = 0, packed = 0;
-    for (long s = 0; s < call_->spans; token += call_->span[s++].width) {
-      const Span& span = call_->span[s];
-      for (long i = 0; i < span.width; i++) places_.push_back({span.slot, span.start + i, 1});
-      if (span.width == 1) {
-        for (long g = 0; g < m_.kv_heads; g++) single_.push_back({&span, token, g, 0, 1, 0});
+    for (long s = 0; s < call_->chunks; token += call_->chunk[s++].width) {
+      const Chunk& chunk = call_->chunk[s];
+      for (long i = 0; i < chunk.width; i++) places_.push_back({chunk.slot, chunk.start + i, 1});
+      if (chunk.width == 1) {
+        for (long g = 0; g < m_.kv_heads; g++) single_.push_back({&chunk, token, g, 0, 1, 0});
         continue;
       }
-      const long length = span.start + span.width, padded = (length + BLOCK - 1) / BLOCK * BLOCK;
+      const long length = chunk.start + chunk.width, padded = (length + BLOCK - 1) / BLOCK * BLOCK;
       for (long g = 0; g < m_.kv_heads; g++) {
         for (long k = 0; k < length; k += BLOCK)
-          blocks_.push_back({&span, token, g, k, std::min<long>(BLOCK, length - k), packed});
+          blocks_.push_back({&chunk, token, g, k, std::min<long>(BLOCK, length - k), packed});
         packed += padded * m_.head_dim;
       }
       packed -= m_.kv_heads * padded * m_.head_dim;
       for (long head = 0; head < m_.heads; head++)
-        for (long q = 0; q < span.width; q += QUERIES)
-          many_.push_back({&span, token, head, q, std::min<long>(QUERIES, span.width - q),
+        for (long q = 0; q < chunk.width; q += QUERIES)
+          many_.push_back({&chunk, token, head, q, std::min<long>(QUERIES, chunk.width - q),
                            packed + head / group() * padded * m_.head_dim});
       packed += m_.kv_heads * padded * m_.head_dim;
     }
@@ -145,7 +145,7 @@ class Text {
       rotate(q, half, cosines, sines);
     }
     const float* k = &qkv_[r * all() + width(m_.heads)];
-    const Span& place = places_[r];
+    const Chunk& place = places_[r];
     for (long g = 0; g < m_.kv_heads; g++, k += size) {
       const long to = ((place.slot * m_.kv_heads + g) * call_->length + place.start) * size;
       std::copy_n(k, size, keys + to);
@@ -156,11 +156,11 @@ class Text {
   void attention(const float* keys, const float* values) {
     const long size = m_.head_dim;
     auto offset = [&](const Part& part, long g) {
-      return (part.span->slot * m_.kv_heads + g) * call_->length * size;
+      return (part.chunk->slot * m_.kv_heads + g) * call_->length * size;
     };
     team_.share(single_.size(), [&](long p) {
       const Part& part = single_[p];
-      const long length = part.span->start + 1, from = offset(part, part.head);
+      const long length = part.chunk->start + 1, from = offset(part, part.head);
       scores_of_thread().resize(length + LANES);
       for (long head = part.head * group(); head < (part.head + 1) * group(); head++)
         attend(size, &qkv_[part.token * all() + head * size], keys + from, values + from, length,
@@ -176,9 +176,9 @@ class Text {
       const Part& part = many_[p];
       const long from = offset(part, part.head / group()), token = part.token + part.first;
       Attention attend{size, &packed_[part.packed], values + from, size, size,
-                       part.span->start + part.span->width, m_.scale};
+                       part.chunk->start + part.chunk->width, m_.scale};
       attend(&qkv_[token * all() + part.head * size], all(), part.count,
-             part.span->start + part.first + 1,
+             part.chunk->start + part.first + 1,
              &attended_[token * width(m_.heads) + part.head * size], width(m_.heads));
     });
   }
@@ -190,11 +190,11 @@ class Text {
 
   void gate_and_up(const float* w) {
     const long inputs = m_.hidden, rows = call_->tokens, blocks = m_.intermediate / BLOCK;
-    const long panels = (rows + ROWS - 1) / ROWS;
+    const long panels = (rows + PANEL - 1) / PANEL;
     team_.share(panels * blocks, [&](long part) {
-      float gate[ROWS * BLOCK], up[ROWS * BLOCK];
-      const long first = part / blocks * ROWS, b = part % blocks;
-      const long count = std::min<long>(ROWS, rows - first);
+      float gate[PANEL * BLOCK], up[PANEL * BLOCK];
+      const long first = part / blocks * PANEL, b = part % blocks;
+      const long count = std::min<long>(PANEL, rows - first);
       const float *x = &h_[first * inputs], *from = w + 2 * b * BLOCK * inputs;
       product(x, inputs, count, inputs, from, BLOCK, BLOCK, gate, BLOCK);
       product(x, inputs, count, inputs, from + BLOCK * inputs, BLOCK, BLOCK, up, BLOCK);
@@ -216,12 +216,12 @@ class Text {
 
   void logits() {
     long end = 0;
-    for (long s = 0; s < call_->spans; s++) {
-      end += call_->span[s].width;
+    for (long s = 0; s < call_->chunks; s++) {
+      end += call_->chunk[s].width;
       rms_norm(call_->x + (end - 1) * m_.hidden, m_.hidden, m_.norm, m_.epsilon,
                &h_[s * m_.hidden]);
     }
-    multiply(team_, h_.data(), call_->spans, m_.hidden, m_.head, m_.vocabulary,
+    multiply(team_, h_.data(), call_->chunks, m_.hidden, m_.head, m_.vocabulary,
              [&](long r, long column, long count, const float* sums) {
                std::copy_n(sums, count, call_->logits + r * m_.vocabulary + column);
              });
@@ -231,7 +231,7 @@ class Text {
   const TextModel m_;
   const std::vector<TextLayer> layers_;
   const TextCall* call_ = nullptr;
-  std::vector<Span> places_;
+  std::vector<Chunk> places_;
   std::vector<Part> single_, many_, blocks_;  // of one query; of many; of their keys
   std::vector<float> h_, qkv_, attended_, inner_, packed_, cosines_, sines_;
 };

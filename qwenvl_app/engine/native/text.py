@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Sequence as Many
 from typing import Any
 
 import torch
 
+from qwenvl_app.engine.eager import Chunk
 from qwenvl_app.engine.kv_cache import SlotCache
+from qwenvl_app.engine.native.library import freed_with
 from qwenvl_app.engine.native.structs import TextCall, TextModel
 from qwenvl_app.engine.native.team import Team
-
-Span = tuple[int, int, int]  # of a slot: its number, the first token's place, how many tokens
 
 
 class NativeText:
@@ -27,37 +26,32 @@ class NativeText:
         self._cache: SlotCache | None = None
         self._version = -1  # of that cache, whose addresses are the following
         self._keys = self._values = (ctypes.c_void_p * 0)()
-        weakref.finalize(self, library.delete_text, self._text)
+        freed_with(self, library.delete_text, self._text)
 
     def __call__(
         self,
         cache: SlotCache,
         embeds: torch.Tensor,
         positions: torch.Tensor,
-        spans: Many[Span],
+        chunks: Many[Chunk],
         images: torch.Tensor | None = None,
         deepstack: Many[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Compute the tokens of ``spans``, one after the other, and write them to ``cache``.
-
-        ``embeds`` (tokens, hidden) is written over; ``positions`` (tokens, 3). ``deepstack``: for
-        each of the first layers, (image tokens, hidden); ``images`` (tokens) tells which of those
-        is a token's, or -1. Logits (spans, vocabulary): after the last token of each span.
-        """
+        """As ``EagerText``; ``embeds`` is written over."""
         if cache is not self._cache or cache.version != self._version:
             self._cache, self._version = cache, cache.version
             self._keys, self._values = map(_addresses, cache.first(cache.slots, cache.length))
-        logits = torch.empty(len(spans), self._model.vocabulary)
+        logits = torch.empty(len(chunks), self._model.vocabulary)
         features = _addresses(deepstack)
         call = TextCall(
             threads=self._team.threads(len(embeds)),
             tokens=len(embeds),
-            spans=len(spans),
+            chunks=len(chunks),
             images=len(deepstack),
             length=cache.length,
             x=embeds,
             positions=positions,
-            span=torch.tensor(spans),
+            chunk=torch.tensor(chunks),
             keys=ctypes.addressof(self._keys),
             values=ctypes.addressof(self._values),
             image=images,

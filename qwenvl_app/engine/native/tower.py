@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
 
 import torch
 
+from qwenvl_app.engine.native.library import freed_with
 from qwenvl_app.engine.native.structs import TowerCall, TowerModel
 from qwenvl_app.engine.native.team import Team
 
@@ -19,7 +19,7 @@ class NativeTower:
         self._layer.argtypes = (ctypes.c_void_p, ctypes.POINTER(TowerCall))
         library.delete_tower.argtypes = (ctypes.c_void_p,)
         self._tower = library.new_tower(team.address, ctypes.byref(model))
-        weakref.finalize(self, library.delete_tower, self._tower)
+        freed_with(self, library.delete_tower, self._tower)
 
     def __call__(
         self,
