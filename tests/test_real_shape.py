@@ -276,17 +276,20 @@ def test_it_answers_over_http(directory):
         (NOT_THINKING, "两个圆</think>。", "两个圆</think>。", None),
     ],
 )
-def test_the_reasoning_is_no_part_of_the_answer(exact, template, written, answer, reasoning):
+@pytest.mark.parametrize("streamed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_reasoning_is_no_part_of_the_answer(
+    exact, streamed, template, written, answer, reasoning
+):
     """An Instruct variant has the same two tokens: there they are what is read off a picture."""
     prompts = PromptBuilder(exact.tokenizer, template, 2)
     ids = exact.tokenizer.encode(written)
     with running(dataclasses.replace(exact, prompts=prompts)) as engine:
-        asked = request(Image.new("RGB", (64, 64)), stream=True)
+        asked = request(Image.new("RGB", (64, 64)), stream=streamed)
         stopping = SamplingParams(stop=("想", "圆"))
         until_idle(engine)
         with saying(exact, [*ids, IDS["<|im_end|>"]]):
             deltas = list(engine.submit(asked))
-            whole = dataclasses.replace(asked, sampling=stopping, stream=False)
+            whole = dataclasses.replace(asked, sampling=stopping, stream=not streamed)
             stopped = list(engine.submit(whole))
     check_reasoning(deltas, stopped, ids, answer, reasoning)
 

@@ -75,6 +75,7 @@ def test_there_are_many():
     [
         ("fake", 1, 12),
         ("server", 12, 12),
+        pytest.param("fake", 1, 1, marks=pytest.mark.slow),
         pytest.param("server", 1, 1, marks=pytest.mark.slow),
     ],
 )

@@ -91,11 +91,12 @@ def test_every_token_is_that_of_generate(wild, gpus, attention, chunk, prefix):
         for family in FAMILIES
     ],
 )
-def test_every_family(gpus, family, tmp_path):
+# Recurrent layers take a chunk of any size in 64 steps each.
+@pytest.mark.parametrize("chunk", [200, pytest.param(50, marks=pytest.mark.slow)])
+def test_every_family(gpus, family, chunk, tmp_path):
     wild = families.wild(tmp_path / family, family)
     asked = [random_request(random.Random(n), max_new_tokens=8) for n in range(4)]
-    # Recurrent layers take a chunk of any size in 64 steps each.
-    with running(gpus, moved(wild, gpus), prefill_chunk=200) as engine:
+    with running(gpus, moved(wild, gpus), prefill_chunk=chunk) as engine:
         sequences = answered(engine, asked)
     judge([(s, generate(wild, each)) for s, each in zip(sequences, asked, strict=True)])
 
