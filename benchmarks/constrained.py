@@ -23,7 +23,7 @@ from PIL import Image
 
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.generation import Constraint, GenerationRequest, SamplingParams, question
-from qwenvl_app.loading.load import load
+from qwenvl_app.loading.load import load, optimise
 from tests import real_shape
 
 TEXT = {"type": "string", "minLength": 2000}
@@ -94,9 +94,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=120)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto", help="auto: bfloat16, as in the checkpoint")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     alone = arguments.device == "cpu" and arguments.threads == 1
@@ -109,30 +110,33 @@ def main() -> None:
         shape = real_shape.make(
             Path(directory) / "shape", width=arguments.width, layers=arguments.layers
         )
-        loaded = load(str(shape), device=arguments.device)
+        loaded = load(str(shape), device=arguments.device, dtype=arguments.dtype)
+        loaded = optimise(loaded, cpp=True, cpu_threads=arguments.threads)
         options = EngineOptions(arguments.rows, 4096, 2**30, 0, 1024)
         engine = Engine(loaded, options)
         print(
             f"{arguments.rows} rows on {arguments.device}, 151,936 tokens, width "
             f"{arguments.width}, {arguments.layers} layers, {arguments.threads} threads: ms a step,"
-            f" medians of {arguments.rounds} rounds of {arguments.tokens} tokens"
+            f" medians of {arguments.rounds} pairs of rounds of {arguments.tokens} tokens"
         )
         for name, sampling in asked.items():
             settings = dataclasses.replace(
                 sampling, max_new_tokens=arguments.tokens, ignore_eos=True
             )
             for kind, schema in SCHEMAS.items():
-                free: list[float] = []
-                held: list[float] = []
                 measure(engine, arguments.rows, settings, schema, clock)  # compiled, and warm
-                for _ in range(arguments.rounds):
-                    free += measure(engine, arguments.rows, settings, None, clock)
-                    held += measure(engine, arguments.rows, settings, schema, clock)
-                one, other = statistics.median(free), statistics.median(held)
-                means = statistics.fmean(held) / statistics.fmean(free)
+                rounds = [
+                    [
+                        statistics.median(measure(engine, arguments.rows, settings, each, clock))
+                        for each in (None, schema)
+                    ]
+                    for _ in range(arguments.rounds)
+                ]
+                free, held = map(statistics.median, zip(*rounds, strict=True))
+                more = sorted(100 * (held / free - 1) for free, held in rounds)
                 print(
-                    f"{name:17}{kind:15}free {one:7.2f}  held {other:7.2f}  "
-                    f"{100 * (other / one - 1):+5.1f} % (means {100 * (means - 1):+5.1f} %)",
+                    f"{name:17}{kind:15}free {free:6.2f}  held {held:6.2f}  "
+                    f"{statistics.median(more):+5.1f} % ({more[0]:+.1f} to {more[-1]:+.1f})",
                     flush=True,
                 )
         engine.close()

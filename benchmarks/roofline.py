@@ -8,7 +8,6 @@ here too, by a copy. On a GPU and on a CPU; for dense models, since a mixture re
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import tempfile
@@ -21,10 +20,9 @@ from PIL import Image
 
 from benchmarks.checkpoints import write_checkpoint
 from qwenvl_app import process
-from qwenvl_app.engine import fused, native
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.generation import GenerationRequest, SamplingParams, question
-from qwenvl_app.loading.load import load
+from qwenvl_app.loading.load import load, optimise
 
 
 def bandwidth(device: torch.device, size: int) -> float:
@@ -88,11 +86,7 @@ def main() -> None:
         loaded = load(chosen.model or folder, device=chosen.device, dtype=chosen.dtype)
     read, device = weight_bytes(loaded.model), loaded.model.device
     rate = bandwidth(device, 2**30 if device.type == "cuda" else 2**28)
-    if chosen.compile == "auto":
-        loaded = dataclasses.replace(
-            loaded, native=native.create(loaded.model, 2**40, process.threads(0))
-        )
-    fused.fuse(loaded.model)
+    loaded = optimise(loaded, cpp=chosen.compile == "auto")
     slots = max(chosen.clients)
     engine = Engine(loaded, EngineOptions(slots, chosen.tokens, 2**32, 0, 1024))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.generation import GenerationRequest, SamplingParams, question
-from qwenvl_app.loading.load import load
+from qwenvl_app.loading.load import load, optimise
 
 
 def resident() -> float:
@@ -39,7 +39,7 @@ def main() -> None:
         prefix_cache_bytes=2**24,
         prefill_chunk=1024,
     )
-    engine = Engine(load("demo"), options)
+    engine = Engine(optimise(load("demo"), cpp=True), options)
 
     def ask(count: int) -> None:
         running = []

@@ -31,7 +31,7 @@ from benchmarks.checkpoints import write_checkpoint
 from qwenvl_app import process
 from qwenvl_app.engine.engine import Engine, EngineOptions
 from qwenvl_app.generation import GenerationRequest, SamplingParams, question
-from qwenvl_app.loading.load import load
+from qwenvl_app.loading.load import load, optimise
 from qwenvl_app.web.chat.image_parts import load_image
 from tests.e2e.server import Server
 
@@ -96,7 +96,7 @@ def compare(model: str, edge: int, rounds: int, tokens: int) -> None:
         server.wait()
         connection = HTTPConnection("127.0.0.1", server.port, timeout=120)
         stack.callback(connection.close)
-        loaded = load(model)
+        loaded = optimise(load(model), cpp=True)
         engine = Engine(loaded, EngineOptions(4, 1024, 2**29, 2**28, 1024))
         stack.callback(engine.close)
         for number in range(-3, rounds):

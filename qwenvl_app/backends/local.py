@@ -121,7 +121,6 @@ class LocalBackend:
         self._say("looking for the checkpoint")
         found = checkpoint.find(settings.model, say=self._say)
         self._say("loading the libraries")
-        from qwenvl_app.engine import fused, native
         from qwenvl_app.loading import devices, load
 
         process.use_threads(settings.cpu_threads)
@@ -134,13 +133,12 @@ class LocalBackend:
             max_memory=plan.max_memory,
             say=self._say,
         )
-        if settings.compile != "off":
-            threads = process.threads(settings.cpu_threads)
-            made = native.create(loaded.model, devices.spare(plan), threads)
-            made.take_over(loaded.model)
-            process.return_free_memory()
-            loaded = dataclasses.replace(loaded, native=made)
-        fused.fuse(loaded.model)
+        loaded = load.optimise(
+            loaded,
+            cpp=settings.compile != "off",
+            room=devices.spare(plan),
+            cpu_threads=settings.cpu_threads,
+        )
         return loaded, devices.after_loading(loaded, plan, self._say)
 
     def _start(self) -> Engine:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from qwenvl_app import process
+from qwenvl_app.engine import fused, native
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.errors import ModelLoadError, is_out_of_memory
 from qwenvl_app.loading import generation_defaults, processing, progress, weights
@@ -57,6 +60,23 @@ def load(
     _tell_offload(getattr(model, "hf_device_map", {}))
     model.generation_config = defaults
     return LoadedModel(model.eval(), *processing.load(checkpoint, model.config))
+
+
+def optimise(
+    loaded: LoadedModel, *, cpp: bool, room: int = 2**62, cpu_threads: int = 0
+) -> LoadedModel:
+    """``loaded`` with layers in C++ where there is code for them, and other products packed.
+
+    Its model can't be used by itself then. ``cpp``: False packs all. ``room``: bytes that weights
+    may take a second time, until the first are dropped. ``cpu_threads``: the setting.
+    """
+    if cpp:
+        made = native.create(loaded.model, room, process.threads(cpu_threads))
+        made.take_over(loaded.model)
+        process.return_free_memory()
+        loaded = replace(loaded, native=made)
+    fused.fuse(loaded.model)
+    return loaded
 
 
 @contextmanager
