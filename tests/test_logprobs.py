@@ -8,9 +8,10 @@ import random
 import pytest
 import torch
 
-from qwenvl_app.engine.logprobs import Score, TokenTexts
+from qwenvl_app.engine.logprobs import Score, render
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.generation import Delta, FinishReason
+from qwenvl_app.grammar.grammars import Grammars
 from qwenvl_app.loading.load import load
 from tests.engines import inputs_of, random_request, running, spread
 
@@ -55,16 +56,17 @@ def test_logprobs_are_those_of_the_raw_logits(wild):
 
 def test_the_bytes_of_tokens_join_to_the_text(tokenizer):
     """A token may be a part of a character: its bytes are told as they are."""
-    texts = TokenTexts(tokenizer)
+    padded = len(tokenizer) + 1
+    spellings = Grammars(tokenizer, padded, tokenizer.eos_token_id).spellings
     text = "图中有 🎉👩‍👩‍👧, naïve\n\tx"
     ids = tokenizer.encode(text)
-    told = [texts.render(Score(token, -1.0, ((token, -1.0),))) for token in ids]
+    told = [render(Score(token, -1.0, ((token, -1.0),)), spellings) for token in ids]
     assert b"".join(each.bytes for each in told) == text.encode()
     assert any(each.text == "�" for each in told)
     assert all(each.top[0].bytes == each.bytes and not each.top[0].top for each in told)
     [end] = tokenizer.encode("<|im_end|>")
-    assert texts.render(Score(end, 0.0, ())).bytes == b"<|im_end|>"
-    assert texts.render(Score(10**6, 0.0, ())).bytes == b""
+    assert render(Score(end, 0.0, ()), spellings).bytes == b"<|im_end|>"
+    assert render(Score(padded - 1, 0.0, ()), spellings).bytes == b""
 
 
 def test_what_ends_an_answer_is_not_told():

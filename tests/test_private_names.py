@@ -144,6 +144,7 @@ PRIVATE: dict[str, Callable[[], None]] = {
     "_reorder_linear_weight": weights_are_packed,
     "_linear_pointwise": weights_are_packed,
     "_get_logits_processor": generate_makes_the_steps,
+    "_eos_token_tensor": generate_makes_the_steps,
     "_inductor": torch_compile_is_told,
     "_dynamo": torch_compile_is_told,
 }

@@ -19,6 +19,11 @@ class Job:
     boundary: int = 0
 
     @property
+    def inputs(self) -> Job:
+        """What the scheduler looks at of a sequence's inputs is here too."""
+        return self
+
+    @property
     def reserved(self) -> int:
         return self.prompt_length + self.limit
 

@@ -177,7 +177,7 @@ class Executor:
 
     def _keep(self, sequence: Sequence, slot: int, length: int) -> None:
         """A slot's first tokens, if there is memory for it: no answer depends on that."""
-        if sequence.prefix_key is None:
+        if sequence.inputs.prefix_key is None:
             return
         text = sequence.inputs.text(sequence.tokens).first(length)
         base = self.prefixes.base(text)

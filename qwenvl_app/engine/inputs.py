@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -86,31 +86,18 @@ def prepare(loaded: LoadedModel, request: GenerationRequest) -> Inputs:
     grids = [patcher.grid(image) for image in request.images]
     prompt = loaded.prompts.build(request.messages, grids, request.tools, request.template_options)
     places = list(zip(prompt.images, grids, strict=True))
-    positions = mrope_positions(len(prompt.input_ids), places, patcher.merge)
+    positions = _positions(loaded.model.model, prompt.input_ids, places)
     spans = [Span(*place) for place in places]
     return Inputs(
         prompt.input_ids, positions, spans, reasoning=prompt.reasoning, owner=request.owner
     )
 
 
-def mrope_positions(
-    length: int, pictures: Iterable[tuple[range, Grid]], merge: int
-) -> torch.Tensor:
-    """M-RoPE positions (3, length) of a prompt, as ``Qwen3VLModel.get_rope_index``.
-
-    ``pictures``: where the tokens of each are, in order, and its patches, of which ``merge`` a side
-    make a token. Text counts on in all three dimensions; a picture's tokens are placed in time,
-    rows and columns; what comes after it goes on after the larger of its sides.
-    """
-    parts, end, following = [], 0, 0
-    for tokens, grid in pictures:
-        text = tokens.start - end
-        parts.append(torch.arange(following, following + text).expand(3, -1))
-        time, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
-        placed = torch.cartesian_prod(torch.arange(time), torch.arange(rows), torch.arange(columns))
-        following += text
-        parts.append(placed.T + following)
-        following += max(rows, columns)
-        end = tokens.stop
-    parts.append(torch.arange(following, following + length - end).expand(3, -1))
-    return torch.cat(parts, dim=1)
+def _positions(model: Any, ids: list[int], pictures: list[tuple[range, Grid]]) -> torch.Tensor:
+    """M-RoPE positions (3, tokens); ``pictures``: where the tokens of each are, and its patches."""
+    kinds = torch.zeros(1, len(ids), dtype=torch.int)
+    for tokens, _ in pictures:
+        kinds[0, tokens.start : tokens.stop] = 1
+    grids = torch.tensor([grid for _, grid in pictures])
+    positions: torch.Tensor = model.get_rope_index(torch.tensor([ids]), kinds, grids)[0]
+    return positions[:, 0]

@@ -6,7 +6,6 @@ import hashlib
 
 from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.inputs import Inputs, prepare
-from qwenvl_app.engine.logprobs import TokenTexts
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.prefix_cache import Prefix, PrefixCache, image_key
 from qwenvl_app.engine.rendering import Renderer
@@ -33,7 +32,6 @@ class Intake:
         self._scheduler, self._prefixes = scheduler, prefixes
         self._most = max_new_tokens
         self._salt = repr(sorted(loaded.patcher.processor.to_dict().items()))
-        self._texts = TokenTexts(loaded.tokenizer)
         ends = loaded.model.generation_config.eos_token_id
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
 
@@ -55,7 +53,7 @@ class Intake:
         defaults = loaded.model.generation_config
         sampler = Sampler(sampling, defaults, inputs.ids, self._runner.device, matcher)
         detokenizer = Detokenizer(loaded.tokenizer, reasoning)
-        renderer = Renderer(detokenizer, sampling.stop, self._texts, self.ends)
+        renderer = Renderer(detokenizer, sampling.stop, loaded.grammars.spellings, self.ends)
         return Sequence(request, inputs, sampler, limit, renderer, arrived, prefix)
 
     def look_again(self, sequence: Sequence) -> None:
@@ -63,7 +61,7 @@ class Intake:
 
         For the engine's thread, before anything is computed for ``sequence``.
         """
-        if sequence.prefix_key is None:
+        if sequence.inputs.prefix_key is None:
             return
         found = self._prefixes.peek(sequence.inputs.text())
         if found and (sequence.prefix is None or found.length > sequence.prefix.length):

@@ -31,6 +31,14 @@ def power_of_two(number: int, least: int = 1) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
+def resized(old: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Of ``shape``, with what ``old`` has there; zeros elsewhere."""
+    new = old.new_zeros(shape)
+    kept = tuple(slice(min(sizes)) for sizes in zip(shape, old.shape, strict=True))
+    new[kept] = old[kept]
+    return new
+
+
 class SlotCache(Cache):
     """Keys and values of all slots: for each layer two tensors (slots, heads, length, head_dim).
 
@@ -48,11 +56,9 @@ class SlotCache(Cache):
         super().__init__(layers=[])
         self.layout = layout
         self._roomy, self._floor = roomy, max(FLOOR, roomy // 4)
-        self.version = 0
+        self.version = -1
         self._places = {layer: place for place, layer in enumerate(layout.attending)}
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-        self._allocate(0, 0)
+        self.reset()
         # Of the call that is under way:
         self._slots: list[int] = []
         self._starts: list[int] = []
@@ -114,7 +120,10 @@ class SlotCache(Cache):
     def reset(self) -> None:
         """Forget all slots, also after something failed in the middle of a change."""
         self.version += 1
-        self._allocate(0, 0)
+        layout = self.layout
+        empty = (0, layout.heads, 0, layout.head_dim)
+        self._keys = [torch.zeros(empty, dtype=layout.dtype, device=d) for d in layout.devices]
+        self._values = [torch.zeros_like(keys) for keys in self._keys]
 
     def move(self, source: int, target: int) -> None:
         """Copy a slot to one that is no longer used; one without memory has nothing."""
@@ -229,14 +238,6 @@ class SlotCache(Cache):
             return more_slots, more_blocks * BLOCK
         return slots, max(length, min(blocks * BLOCK, most // slots))
 
-    def _allocate(self, slots: int, length: int) -> None:
-        shape = (slots, self.layout.heads, length, self.layout.head_dim)
-        # Zeros, not what happens to be there: a weight of 0 times NaN is NaN.
-        self._keys = [
-            torch.zeros(shape, dtype=self.layout.dtype, device=d) for d in self.layout.devices
-        ]
-        self._values = [torch.zeros_like(keys) for keys in self._keys]
-
     def _resize(self, slots: int, length: int) -> None:
         self.version += 1
         # Layer by layer, so that at most one of them is there twice.
@@ -244,7 +245,4 @@ class SlotCache(Cache):
             for number, old in enumerate(tensors):
                 if old.shape[0] == slots and old.shape[2] == length:
                     continue
-                new = old.new_zeros(slots, self.layout.heads, length, self.layout.head_dim)
-                kept_slots, kept = min(slots, old.shape[0]), min(length, old.shape[2])
-                new[:kept_slots, :, :kept] = old[:kept_slots, :, :kept]
-                tensors[number] = new
+                tensors[number] = resized(old, (slots, old.shape[1], length, old.shape[3]))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qwenvl_app.generation import TokenLogprob
 
@@ -49,30 +46,11 @@ def scores(
     return found
 
 
-class TokenTexts:
-    """The text and the bytes of single tokens of a byte-level BPE. May be used on any thread."""
+def render(score: Score, spellings: Many[bytes]) -> TokenLogprob:
+    """``score`` for who asked; ``spellings``: the bytes of every token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        table: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
-        self._bytes = {char: byte for byte, char in table.items()}
-
-    @cached_property
-    def _added(self) -> dict[int, str]:
-        return {number: t.content for number, t in self._tokenizer.added_tokens_decoder.items()}
-
-    def render(self, score: Score) -> TokenLogprob:
-        """``score`` for who asked."""
-        return self._render(score.token, score.logprob, tuple(self._render(*t) for t in score.top))
-
-    def _render(
-        self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
-    ) -> TokenLogprob:
-        raw = self._raw(token)
+    def told(token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        raw = spellings[token]
         return TokenLogprob(raw.decode("utf-8", "replace"), raw, logprob, top)
 
-    def _raw(self, token: int) -> bytes:
-        if (added := self._added.get(token)) is not None:
-            return added.encode()
-        piece = self._tokenizer.convert_ids_to_tokens(token)  # None: of a padded vocabulary
-        return bytes(self._bytes[char] for char in piece or "")
+    return told(score.token, score.logprob, tuple(told(*each) for each in score.top))

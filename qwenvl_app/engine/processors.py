@@ -7,11 +7,10 @@ is settled before (``loading/generation_defaults.py``): here what is not None is
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 
 PENALTIES = (
     *("sequence_bias", "encoder_repetition_penalty", "no_repeat_ngram_size"),
@@ -21,13 +20,6 @@ PENALTIES = (
 # Of a draw, beside temperature, top_k, top_p and min_p.
 WARPERS = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 LAST = ("watermarking_config",)
-
-
-class _Asked(SimpleNamespace):
-    """A ``GenerationConfig`` that asks for nothing else."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
 
 
 class _Steps(GenerationMixin):
@@ -48,10 +40,13 @@ def processors(
     Copies to a GPU.
     """
     device = scores.device
-    tokens = None if ends is None else torch.tensor(ends, device=device).reshape(-1)
     model: Any = _Steps(scores.shape[-1])
+    config = GenerationConfig(**asked)  # type: ignore[no-untyped-call]
+    config._eos_token_tensor = (
+        None if ends is None else torch.tensor(ends, device=device).reshape(-1)
+    )
     return model._get_logits_processor(
-        _Asked(**asked, _eos_token_tensor=tokens),
+        config,
         len(prompt),
         torch.tensor([prompt], device=device),
         logits_processor=list(own),

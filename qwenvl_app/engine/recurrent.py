@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from qwenvl_app.engine.kv_cache import UNBOUNDED, Layers, SlotCache
-from qwenvl_app.engine.layout import Layout, StateShape
+from qwenvl_app.engine.kv_cache import UNBOUNDED, Layers, SlotCache, resized
+from qwenvl_app.engine.layout import Layout
 
 
 class RecurrentCache(SlotCache):
@@ -26,7 +26,6 @@ class RecurrentCache(SlotCache):
 
     def __init__(self, layout: Layout):
         super().__init__(layout)
-        self._states = {state.layer: _empty(state) for state in layout.states}
         self._called = slice(0)  # the slots of the call that is under way
         self._kept: list[int] = []  # of them, those whose state is to stay
 
@@ -36,12 +35,21 @@ class RecurrentCache(SlotCache):
         there = len(self._keys[0]) if slots else 0  # a state is large, whatever the length
         for layer, (inputs, matrices) in self._states.items():
             if len(inputs) != there:
-                self._states[layer] = _resized(inputs, there), _resized(matrices, there)
+                self._states[layer] = (
+                    resized(inputs, (there, *inputs.shape[1:])),
+                    resized(matrices, (there, *matrices.shape[1:])),
+                )
 
     def reset(self) -> None:
         """See ``SlotCache``."""
         super().reset()
-        self._states = {state.layer: _empty(state) for state in self.layout.states}
+        self._states = {
+            state.layer: (
+                torch.zeros(0, *state.inputs, dtype=state.dtype, device=state.device),
+                torch.zeros(0, *state.matrices, dtype=torch.float32, device=state.device),
+            )
+            for state in self.layout.states
+        }
 
     def save(self, slot: int, length: int, start: int = 0) -> Layers:
         """See ``SlotCache``; after keys and values come the states, which are those of now."""
@@ -120,17 +128,3 @@ class RecurrentCache(SlotCache):
 
     def _tensors(self) -> list[torch.Tensor]:
         return [*super()._tensors(), *(each for pair in self._states.values() for each in pair)]
-
-
-def _empty(state: StateShape) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        torch.zeros(0, *state.inputs, dtype=state.dtype, device=state.device),
-        torch.zeros(0, *state.matrices, dtype=torch.float32, device=state.device),
-    )
-
-
-def _resized(old: torch.Tensor, slots: int) -> torch.Tensor:
-    new = old.new_zeros(slots, *old.shape[1:])
-    kept = min(slots, len(old))
-    new[:kept] = old[:kept]
-    return new

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from collections.abc import Set
 
 from qwenvl_app.engine.detokenizer import Detokenizer, StopStrings
-from qwenvl_app.engine.logprobs import Score, TokenTexts
+from qwenvl_app.engine.logprobs import Score, render
 from qwenvl_app.generation import Delta, TokenLogprob
 
 
 class Renderer:
     """Of one answer: text, reasoning, logprobs, up to a stop string.
 
-    ``hidden``: ids that are no part of the text, as those that end an answer.
+    ``spellings``: the bytes of every token. ``hidden``: ids that are no part of the text, as those
+    that end an answer.
     """
 
     def __init__(
         self,
         detokenizer: Detokenizer,
         stops: tuple[str, ...],
-        texts: TokenTexts,
+        spellings: Many[bytes],
         hidden: Set[int],
     ):
         self._detokenizer, self._stops = detokenizer, StopStrings(stops)
-        self._texts, self._hidden = texts, hidden
+        self._spellings, self._hidden = spellings, hidden
         self._logprobs: list[TokenLogprob] = []  # of text that is held back
         self.stopped = False  # a stop string was found
 
@@ -38,7 +40,7 @@ class Renderer:
         text, self.stopped = self._stops.push(self._detokenizer.push(ids))
         for score in scores[self.reasoned - before :]:
             if score.token not in self._hidden:
-                self._logprobs.append(self._texts.render(score))
+                self._logprobs.append(render(score, self._spellings))
         return self._delta(text, at_end=self.stopped)
 
     def flush(self) -> Delta:

@@ -78,7 +78,8 @@ class Scheduler:
         done = step.vision.jobs if step.vision and step.vision.last == self._depth else []
         widest = 0
         for job in self._order:
-            end = job.boundary if job.computed < job.boundary else job.prompt_length
+            boundary = job.inputs.boundary
+            end = boundary if job.computed < boundary else job.prompt_length
             width = min(end - job.computed, self.chunk)
             if width <= 0:
                 continue
@@ -139,14 +140,11 @@ class Scheduler:
         return math.ceil(self._cost[0] * most), math.ceil(self._cost[1] * unread)
 
     def _will_be_shared(self, job: Sequence) -> bool:
-        return (
-            job.prefix_key is not None
-            and not job.seen
-            and any(
-                each.prefix_key == job.prefix_key and each.computed < each.prompt_length
-                for each in self.running
-            )
-        )
+        key = job.inputs.prefix_key
+        if key is None or job.seen:
+            return False
+        prefilled = [each for each in self.running if each.computed < each.prompt_length]
+        return any(each.inputs.prefix_key == key for each in prefilled)
 
     def _next_vision(self) -> Vision | None:
         if self._vision is None:

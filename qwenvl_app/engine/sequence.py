@@ -98,16 +98,6 @@ class Sequence:
         return self.prompt_length + self.limit
 
     @property
-    def prefix_key(self) -> bytes | None:
-        """See ``Inputs``."""
-        return self.inputs.prefix_key
-
-    @property
-    def boundary(self) -> int:
-        """See ``Inputs``."""
-        return self.inputs.boundary
-
-    @property
     def position(self) -> int:
         """Of the latest token of the answer; the same in all three dimensions."""
         return int(self.inputs.positions[0, -1]) + len(self.tokens)

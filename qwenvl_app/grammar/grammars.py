@@ -126,6 +126,7 @@ class Grammars:
         self._tokenizer, self._width = tokenizer, width
         self._ends = ends if isinstance(ends, list) else [ends]
         words = _Words(tokenizer, width, self._ends[0])
+        self.spellings = words.tokens  # the bytes of every token
         self._vocabulary = LLTokenizer(TokenizerWrapper(words), eos_token=self._ends)
         self._compiled = lru_cache(_KEPT)(self._compile)
 
