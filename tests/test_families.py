@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from qwenvl_app import create_app
 from qwenvl_app.backends.local import LocalBackend
 from qwenvl_app.engine import fused, native
-from qwenvl_app.engine.inputs import prepare
+from qwenvl_app.engine.inputs import mrope_positions, prepare
 from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.engine.runner import Runner
 from qwenvl_app.engine.vision import VisionPass, VisionTower
@@ -138,6 +138,17 @@ def test_positions_are_those_of_transformers(wild):
         assert ours.positions[0, -1] + 1 == len(ours.ids) + delta.item()
         assert list(ours.images[0].grid) == inputs["image_grid_thw"][0].tolist()
         assert len(wild.patcher.patches(each.images[0])) == ours.images[0].patches
+    assert mrope_positions(9, [(range(2, 6), (1, 4, 4))], 2).tolist()[1] == [
+        0,
+        1,
+        2,
+        2,
+        3,
+        3,
+        4,
+        5,
+        6,
+    ]
 
 
 def test_the_vision_tower_in_pieces_is_the_vision_tower(wild):

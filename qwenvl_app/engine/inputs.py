@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from typing import Any
 
+import numpy as np
 import torch
 
 from qwenvl_app.engine.model import LoadedModel
@@ -86,18 +87,32 @@ def prepare(loaded: LoadedModel, request: GenerationRequest) -> Inputs:
     grids = [patcher.grid(image) for image in request.images]
     prompt = loaded.prompts.build(request.messages, grids, request.tools, request.template_options)
     places = list(zip(prompt.images, grids, strict=True))
-    positions = _positions(loaded.model.model, prompt.input_ids, places)
+    positions = mrope_positions(len(prompt.input_ids), places, patcher.merge)
     spans = [Span(*place) for place in places]
     return Inputs(
         prompt.input_ids, positions, spans, reasoning=prompt.reasoning, owner=request.owner
     )
 
 
-def _positions(model: Any, ids: list[int], pictures: list[tuple[range, Grid]]) -> torch.Tensor:
-    """M-RoPE positions (3, tokens); ``pictures``: where the tokens of each are, and its patches."""
-    kinds = torch.zeros(1, len(ids), dtype=torch.int)
-    for tokens, _ in pictures:
-        kinds[0, tokens.start : tokens.stop] = 1
-    grids = torch.tensor([grid for _, grid in pictures])
-    positions: torch.Tensor = model.get_rope_index(torch.tensor([ids]), kinds, grids)[0]
-    return positions[:, 0]
+def mrope_positions(
+    length: int, pictures: Iterable[tuple[range, Grid]], merge: int
+) -> torch.Tensor:
+    """M-RoPE positions (3, length) of a prompt, as ``Qwen3VLModel.get_rope_index``.
+
+    ``pictures``: where the tokens of each are, in order, and its patches, of which ``merge`` a side
+    make a token. Text counts on in all three dimensions; a picture's tokens are placed in time,
+    rows and columns; what comes after it goes on after the larger of its sides.
+    """
+    positions = np.empty((3, length), np.int64)
+    end = following = 0
+    for tokens, grid in pictures:
+        text = tokens.start - end
+        positions[:, end : tokens.start] = np.arange(following, following + text)
+        following += text
+        time, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
+        placed = np.indices((time, rows, columns)).reshape(3, -1)
+        positions[:, tokens.start : tokens.stop] = placed + following
+        following += max(rows, columns)
+        end = tokens.stop
+    positions[:, end:] = np.arange(following, following + length - end)
+    return torch.from_numpy(positions)
