@@ -7,7 +7,6 @@ keep ``rope_deltas``, the state of one request, on an object that all share (tra
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence as Many
 from typing import Any, Literal
 
@@ -25,8 +24,6 @@ from qwenvl_app.engine.recurrent import RecurrentCache
 from qwenvl_app.engine.sequence import Sequence
 from qwenvl_app.engine.vision import VisionPass, VisionTower
 from qwenvl_app.errors import ModelLoadError
-
-log = logging.getLogger(__name__)
 
 Mode = Literal["off", "auto", "on"]  # the setting ``compile``
 _USUAL = 2048  # tokens of a picture of a megapixel, a question and an answer
@@ -48,7 +45,6 @@ class Runner:
         self.depth = len(self._tower.visual.blocks)
         self.merge: int = self._tower.merge
         self._device = place(self._text.embed_tokens)
-        self._native = native
         self._forward = native.text or EagerText(model)
         self.compiled = None if native.text else self._compile(mode)
 
@@ -144,11 +140,6 @@ class Runner:
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
         """One token for each of the slots 0 to n; logits (n, vocabulary)."""
-        if self._native.text:
-            embeds = self._text.embed_tokens(torch.tensor(ids))
-            chunks = [(slot, start, 1) for slot, start in enumerate(starts)]
-            places = torch.tensor(positions)[:, None].repeat(1, 3)
-            return self._native.text(cache, embeds, places, chunks)
         if self.compiled and self.compiled.fits(cache, len(ids)):
             return self.compiled(cache, ids, positions, starts)
         return self._decode(cache, ids, positions, starts)
@@ -156,13 +147,14 @@ class Runner:
     def _decode(
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
-        mask = cache.begin(range(len(ids)), starts, [1] * len(ids))
-        inputs = torch.tensor([ids, positions], device=self._device)
-        return self._step(inputs[0], inputs[1], mask, cache)
+        embeds = self._text.embed_tokens(torch.tensor(ids, device=self._device))
+        chunks = [(slot, start, 1) for slot, start in enumerate(starts)]
+        return self._forward(cache, embeds, torch.tensor([positions] * 3).T.contiguous(), chunks)
 
     def _step(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any
     ) -> torch.Tensor:
+        """``_decode`` for ``CompiledDecode``: all that changes from step to step is a tensor."""
         hidden = self._text(
             input_ids=ids[:, None],
             attention_mask=added(mask, self.layout.dtype),
@@ -170,8 +162,5 @@ class Runner:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        return self._logits(hidden[:, -1])
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._model.lm_head(hidden)
+        logits: torch.Tensor = self._model.lm_head(hidden[:, -1])
         return logits
