@@ -190,7 +190,7 @@ class Engine:
             elif sequence.deadline is not None and now >= sequence.deadline:
                 self._end(sequence, DeadlineExceeded())
         for sequence in self._scheduler.fill_slots():
-            sequence.start()
+            sequence.started = now
             self._intake.look_again(sequence)
         self._executor.restore_prefixes(self._scheduler.running)
         return self._scheduler.next_step()

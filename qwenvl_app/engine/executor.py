@@ -139,18 +139,10 @@ class Executor:
         try:
             self.cache.fit(slots, length, most)
         except Exception as error:
-            if not self._gives_way(error):
+            if not is_out_of_memory(error) or not (freed := self.prefixes.clear()):
                 raise
+            log.warning("the memory ran out: kept prompts are dropped, %d MiB", freed // 2**20)
             self.cache.fit(slots, length, most)
-
-    def _gives_way(self, error: Exception) -> bool:
-        """Whether ``error`` is about memory and kept prompts could be dropped for it."""
-        if not is_out_of_memory(error) or not (freed := self.prefixes.clear()):
-            return False
-        log.warning(
-            "the memory ran out: what is kept of earlier prompts is dropped, %d MiB", freed // 2**20
-        )
-        return True
 
     def _see(self, vision: Vision) -> None:
         if vision.first == 0:

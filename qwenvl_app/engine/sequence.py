@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections.abc import Iterator, Set
 from dataclasses import replace
@@ -59,13 +58,13 @@ class Sequence:
         self.tokens: list[int] = []  # the answer's
         self.queued = time.monotonic()
         self.timings = Timings(preprocess=self.queued - arrived)
-        self.started = self.first_token = 0.0
+        self.started = self.first_token = 0.0  # when it got a slot, and a token
         self._last_position = int(inputs.positions[0, -1])  # of the prompt
         self._arrived, self._sent = arrived, 0
         self._scores: list[Score] = []  # of the tokens that are not sent yet
         self._renderer = renderer
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._cancelled = threading.Event()
+        self.cancelled = False  # nobody wants this answer any more
 
     @property
     def images(self) -> list[Span]:
@@ -103,19 +102,10 @@ class Sequence:
         """Of the latest token of the answer; the same in all three dimensions."""
         return self._last_position + len(self.tokens)
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether nobody wants this answer any more."""
-        return self._cancelled.is_set()
-
     def cancel(self) -> None:
         """See ``backends.Generation``. Who iterates is told at once, the slot is free soon."""
-        self._cancelled.set()
+        self.cancelled = True
         self._events.put(FinishReason.CANCELLED)
-
-    def start(self) -> None:
-        """It has a slot now."""
-        self.started = time.monotonic()
 
     def append(self, token: int, score: Score | None = None) -> None:
         """One more token of the answer."""
@@ -163,7 +153,7 @@ class Sequence:
             count += len(event.ids)
             delta = renderer.push(*event)
             if renderer.stopped:
-                self._cancelled.set()
+                self.cancelled = True
                 while isinstance(self._next(), Tokens):
                     pass  # what came after the stop string
                 yield self._last(delta, FinishReason.STOP, count)
