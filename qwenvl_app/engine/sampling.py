@@ -219,18 +219,10 @@ def _pick(
 def repeats_itself(tokens: list[int], limit: int) -> bool:
     """Whether the last ``limit`` tokens are one passage at least eight times over, verbatim.
 
-    The smallest period of a string is its length less that of its longest border (Knuth, Morris,
-    Pratt 1977). Tables and lists repeat their frame but not their content.
+    Tables and lists repeat their frame but not their content.
     """
     tail = tokens[-limit:]
-    if len(tail) < limit:
-        return False
-    border = [0] * limit
-    length = 0
-    for place in range(1, limit):
-        while length and tail[place] != tail[length]:
-            length = border[length - 1]
-        if tail[place] == tail[length]:
-            length += 1
-        border[place] = length
-    return (limit - border[-1]) * 8 <= limit
+    return len(tail) == limit and any(
+        tail[period] == tail[0] and tail[period:] == tail[:-period]
+        for period in range(1, limit // 8 + 1)
+    )
