@@ -238,5 +238,5 @@ class Engine:
             self.prefixes.clear()
 
     def _give_up(self, message: str) -> None:
-        log.critical("%s; the service has to be restarted", message)
         self.failure = Status(Phase.FAILED, f"{message}; the service has to be restarted")
+        log.critical(self.failure.message)

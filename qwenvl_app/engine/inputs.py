@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
@@ -65,7 +65,7 @@ class Inputs:
     ids: list[int]
     positions: torch.Tensor  # (3, tokens): temporal, vertical, horizontal
     images: list[Span] = field(default_factory=list)
-    prefix_key: bytes | None = None
+    prefix_key: Hashable = None
     boundary: int = 0
     reasoning: Reasoning | None = None  # see ``Prompt``
     owner: str = ""  # see ``GenerationRequest``

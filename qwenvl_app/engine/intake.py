@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from qwenvl_app.engine.detokenizer import Detokenizer
 from qwenvl_app.engine.inputs import Inputs, prepare
 from qwenvl_app.engine.model import LoadedModel
@@ -90,8 +88,5 @@ class Intake:
         inputs.boundary = end if layout.states else 0
         text = inputs.text()
         pictures = text.first(end)
-        key = hashlib.sha256(inputs.owner.encode() + b"\0" + pictures.ids.tobytes())
-        for start, digest in pictures.pictures:
-            key.update(b"%d " % start + digest)
-        inputs.prefix_key = key.digest()
+        inputs.prefix_key = inputs.owner, pictures.ids.tobytes(), pictures.pictures
         return self._prefixes.get(text)

@@ -27,6 +27,5 @@ class LoadedModel:
     @cached_property
     def grammars(self) -> Grammars:
         """Of its vocabulary."""
-        ends = self.model.generation_config.eos_token_id
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        return Grammars(self.tokenizer, self.model.config.get_text_config().vocab_size, ends)
+        width = self.model.config.get_text_config().vocab_size
+        return Grammars(self.tokenizer, width, self.model.generation_config.eos_token_id)

@@ -133,8 +133,8 @@ class Sequence:
         """The end, exactly once."""
         now = time.monotonic()
         started, first = self.started or now, self.first_token or now
-        self.timings = Timings(
-            preprocess=self.timings.preprocess,
+        self.timings = replace(
+            self.timings,
             queue=started - self.queued,
             prefill=first - started,
             first_token=first - self._arrived,
