@@ -57,7 +57,7 @@ def test_logprobs_are_those_of_the_raw_logits(wild):
 def test_the_bytes_of_tokens_join_to_the_text(tokenizer):
     """A token may be a part of a character: its bytes are told as they are."""
     padded = len(tokenizer) + 1
-    spellings = Grammars(tokenizer, padded, tokenizer.eos_token_id).spellings
+    spellings = Grammars(tokenizer, padded, [tokenizer.eos_token_id]).spellings
     text = "图中有 🎉👩‍👩‍👧, naïve\n\tx"
     ids = tokenizer.encode(text)
     told = [render(Score(token, -1.0, ((token, -1.0),)), spellings) for token in ids]

@@ -30,8 +30,7 @@ class Intake:
         self._scheduler, self._prefixes = scheduler, prefixes
         self._most = max_new_tokens
         self._salt = repr(sorted(loaded.patcher.processor.to_dict().items()))
-        ends = loaded.model.generation_config.eos_token_id
-        self.ends = frozenset(ends if isinstance(ends, list) else [ends])
+        self.ends = frozenset(loaded.model.generation_config.eos_token_id)
 
     def __call__(self, request: GenerationRequest, arrived: float) -> Sequence:
         """Raises TooLarge for one that could never fit, and BadSchema, before pixels are read."""

@@ -122,12 +122,11 @@ class Grammars:
     vocabulary making one takes a second, in which no other thread gets to run.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, ends: int | list[int]):
-        self._tokenizer, self._width = tokenizer, width
-        self._ends = ends if isinstance(ends, list) else [ends]
-        words = _Words(tokenizer, width, self._ends[0])
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, ends: list[int]):
+        self._tokenizer, self._width, self._ends = tokenizer, width, ends
+        words = _Words(tokenizer, width, ends[0])
         self.spellings = words.tokens  # the bytes of every token
-        self._vocabulary = LLTokenizer(TokenizerWrapper(words), eos_token=self._ends)
+        self._vocabulary = LLTokenizer(TokenizerWrapper(words), eos_token=ends)
         self._compiled = lru_cache(_KEPT)(self._compile)
 
     def matcher(self, constraint: Constraint | None, until: int | None) -> Matcher | None:

@@ -68,7 +68,7 @@ def load(directory: Path, config: Any) -> GenerationConfig:
             f"{FILE} can't be used, the log has why; take the checkpoint's own"
         ) from None
     vocabulary = config.get_text_config().vocab_size
-    _check_ends(defaults.eos_token_id, vocabulary)
+    defaults.eos_token_id = _ends(defaults.eos_token_id, vocabulary)
     if defaults.do_sample not in (None, True, False):
         raise ModelLoadError(f"{FILE} has do_sample {defaults.do_sample!r}; it is true or false")
     for name in _USED:
@@ -84,12 +84,14 @@ def load(directory: Path, config: Any) -> GenerationConfig:
     return defaults
 
 
-def _check_ends(ends: Any, vocabulary: int) -> None:
+def _ends(ends: Any, vocabulary: int) -> list[int]:
+    """The tokens that end an answer. Raises ModelLoadError."""
     if ends is None or ends == []:
         raise ModelLoadError(f"{FILE} has no eos_token_id: no answer would ever end")
     each = ends if isinstance(ends, list) else [ends]
     if not all(isinstance(end, int) and 0 <= end < vocabulary for end in each):
         raise ModelLoadError(f"{FILE} has eos_token_id {ends!r}, which is no token's")
+    return each
 
 
 def _settle(defaults: GenerationConfig, name: str, vocabulary: int) -> None:
