@@ -20,10 +20,11 @@ class Pieces:
     A Chinese character or an emoji is often several byte tokens, so text is held back while it
     ends in an unfinished character. Each step decodes a short window, not the whole answer.
     Special tokens are no text, but for the marks of calls, which some vocabularies have as such.
+    ``trims``: white space before all other text is left out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, trims: bool = False):
+        self._tokenizer, self.trims = tokenizer, trims
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
         special = (number for number, token in added.items() if token.special)
         self._hidden = {each for each in special if added[each].content not in CALL_MARKS}
@@ -38,7 +39,11 @@ class Pieces:
         if not last and (len(text) <= len(given) or text.endswith(_REPLACEMENT)):
             return ""
         self._window, self._emitted = self._emitted, len(self._ids)
-        return text[len(given) :]
+        text = text[len(given) :]
+        if self.trims:
+            text = text.lstrip()
+            self.trims = not text
+        return text
 
     def _decode(self, end: int) -> str:
         text = self._tokenizer.decode(
@@ -60,19 +65,17 @@ class Detokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, reasoning: Reasoning | None = None):
         self._marks = reasoning
         self.reasoned = 0  # ids that are not the answer's
-        self._said = False  # whether there was text, but for blank lines after the reasoning
-        self._answer, self._thought = Pieces(tokenizer), Pieces(tokenizer)
+        self._answer, self._thought = Pieces(tokenizer), Pieces(tokenizer, trims=True)
         self._reasoning, self._held = "", ""  # not taken yet; white space that may be its end
-        self._thinking = False  # whether there was any of it
 
     def push(self, ids: list[int]) -> str:
         """Text of the answer that became certain; empty while a character is unfinished."""
-        return self._trim(self._answer.push(ids[self._split(ids) :]))
+        return self._answer.push(ids[self._split(ids) :])
 
     def flush(self) -> str:
         """What is still held back, at the end of the answer."""
         self._think([], last=True)
-        return self._trim(self._answer.push([], last=True))
+        return self._answer.push([], last=True)
 
     def pop_reasoning(self) -> str:
         """Text of the reasoning that became certain since the last call."""
@@ -92,23 +95,15 @@ class Detokenizer:
         opened = not self.reasoned and ids[0] == marks.begin
         self._think(ids[opened:length], last=ended)
         if ended:
-            self._marks = None
+            self._marks, self._answer.trims = None, True
         self.reasoned += length + ended
         return length + ended
 
     def _think(self, ids: list[int], *, last: bool) -> None:
         text = self._held + self._thought.push(ids, last=last)
-        if not self._thinking:
-            text = text.lstrip()
         told = text.rstrip()
-        self._held, self._thinking = text[len(told) :], self._thinking or bool(told)
+        self._held = text[len(told) :]
         self._reasoning += told
-
-    def _trim(self, text: str) -> str:
-        if self.reasoned and not self._said:
-            text = text.lstrip()
-            self._said = bool(text)
-        return text
 
 
 class StopStrings:
