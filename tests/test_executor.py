@@ -45,14 +45,14 @@ class Tower:
     """In ``VisionPass``'s place: what it should take, and no more."""
 
     def __init__(self, runner: Model, images: list[Span]):
-        self._runner, self._images = runner, images
+        self._runner, self.images = runner, images
         self._hidden = bytes_of(TOWER * sum(image.patches for image in images))
 
     def advance(self, _first: int, last: int) -> list[Features] | None:
         self._runner.look()
         if last < self._runner.depth:
             return None
-        return [Features(bytes_of(FEATURES * image.patches), []) for image in self._images]
+        return [Features(bytes_of(FEATURES * image.patches), []) for image in self.images]
 
 
 def bytes_of(size: int) -> torch.Tensor:

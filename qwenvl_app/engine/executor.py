@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-from qwenvl_app.engine.inputs import Span
 from qwenvl_app.engine.logprobs import Score, log_softmax, scores
 from qwenvl_app.engine.prefix_cache import PrefixCache, Segment
 from qwenvl_app.engine.runner import Runner
@@ -45,12 +44,11 @@ class Executor:
         self.cache = runner.new_cache(budget)
         self._limit = limit
         self._pass: VisionPass | None = None
-        self._images: list[Span] = []  # that are in it
 
     def reset(self) -> None:
         """Forget everything that was under way."""
         self.cache.reset()
-        self._pass, self._images = None, []
+        self._pass = None
 
     def rehearse(self, slots: int) -> None:
         """Record the decode steps that are usual, before the first request."""
@@ -68,8 +66,8 @@ class Executor:
 
     def remove(self, sequence: Sequence, moved: tuple[int, int] | None) -> None:
         """``sequence`` has left; for that a slot has ``moved``, (from, to)."""
-        if any(image in self._images for image in sequence.inputs.images):
-            self._pass, self._images = None, []  # the others start again: ``Scheduler.remove``
+        if self._pass and any(image in self._pass.images for image in sequence.inputs.images):
+            self._pass = None  # the others start again: ``Scheduler.remove``
         if moved:
             self.cache.move(*moved)
 
@@ -146,13 +144,13 @@ class Executor:
 
     def _see(self, vision: Vision) -> None:
         if vision.first == 0:
-            self._images = [image for sequence in vision.jobs for image in sequence.unseen]
-            self._pass = self.runner.begin_vision(self._images)
+            images = [image for sequence in vision.jobs for image in sequence.unseen]
+            self._pass = self.runner.begin_vision(images)
         assert self._pass is not None  # noqa: S101  # the scheduler begins at the first layer
         if features := self._pass.advance(vision.first, vision.last):
-            for image, made in zip(self._images, features, strict=True):
+            for image, made in zip(self._pass.images, features, strict=True):
                 image.features, image.pixels = made, None
-            self._pass, self._images = None, []
+            self._pass = None
 
     def _release_features(self, sequence: Sequence, running: list[Sequence]) -> None:
         """Of pictures that are in the cache now; with the last one, what there is is kept."""

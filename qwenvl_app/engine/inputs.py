@@ -33,7 +33,7 @@ class Features:
         return Features(self.embeds[tokens], [layer[tokens] for layer in self.deepstack])
 
 
-@dataclass
+@dataclass(eq=False)
 class Span:
     """A picture in a prompt: ``tokens`` are the places in its ids that the features go to.
 

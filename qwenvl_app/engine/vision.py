@@ -144,7 +144,7 @@ class VisionPass:
     """
 
     def __init__(self, tower: VisionTower, images: list[Span]):
-        self._tower = tower
+        self._tower, self.images = tower, images
         self._geometry = tower.geometry(tuple(image.grid for image in images))
         self._sizes = [image.patches // tower.merge**2 for image in images]
         pixels = torch.cat([image.pixels for image in images if image.pixels is not None])
