@@ -149,7 +149,8 @@ class Runner:
     ) -> torch.Tensor:
         embeds = self._text.embed_tokens(torch.tensor(ids, device=self._device))
         chunks = [(slot, start, 1) for slot, start in enumerate(starts)]
-        return self._forward(cache, embeds, torch.tensor([positions] * 3).T.contiguous(), chunks)
+        places = torch.tensor(positions)[:, None].expand(-1, 3).contiguous()
+        return self._forward(cache, embeds, places, chunks)
 
     def _step(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any
