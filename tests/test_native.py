@@ -13,7 +13,6 @@ import torch
 from qwenvl_app.engine import native
 from qwenvl_app.engine.native import library
 from qwenvl_app.engine.native.structs import Merger
-from qwenvl_app.engine.native.text import NativeText
 from qwenvl_app.engine.runner import Runner
 from qwenvl_app.loading.load import load
 from tests.engines import generate, judge, random_request, running, spread, together
@@ -48,7 +47,7 @@ def with_native(loaded, threads=(1, 1)):
 def test_tokens_are_those_of_generate(wild, asked, slots, threads):
     with running(with_native(wild, threads), slots=slots) as engine:
         pairs = together(engine, asked)
-        assert isinstance(engine._runner._forward, NativeText)
+        assert engine._runner._native.text
     judge(pairs)
 
 

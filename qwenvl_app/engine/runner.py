@@ -45,6 +45,7 @@ class Runner:
         self.depth = len(self._tower.visual.blocks)
         self.merge: int = self._tower.merge
         self._device = place(self._text.embed_tokens)
+        self._native = native
         self._forward = native.text or EagerText(model)
         self.compiled = None if native.text else self._compile(mode)
 
@@ -140,6 +141,11 @@ class Runner:
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
         """One token for each of the slots 0 to n; logits (n, vocabulary)."""
+        if self._native.text:
+            embeds = self._text.embed_tokens(torch.tensor(ids))
+            chunks = [(slot, start, 1) for slot, start in enumerate(starts)]
+            places = torch.tensor(positions)[:, None].expand(-1, 3).contiguous()
+            return self._native.text(cache, embeds, places, chunks)
         if self.compiled and self.compiled.fits(cache, len(ids)):
             return self.compiled(cache, ids, positions, starts)
         return self._decode(cache, ids, positions, starts)
@@ -147,15 +153,14 @@ class Runner:
     def _decode(
         self, cache: SlotCache, ids: list[int], positions: list[int], starts: list[int]
     ) -> torch.Tensor:
-        embeds = self._text.embed_tokens(torch.tensor(ids, device=self._device))
-        chunks = [(slot, start, 1) for slot, start in enumerate(starts)]
-        places = torch.tensor(positions)[:, None].expand(-1, 3).contiguous()
-        return self._forward(cache, embeds, places, chunks)
+        # Not by ``EagerText``, which copies more to a GPU, and each copy waits.
+        mask = cache.begin(range(len(ids)), starts, [1] * len(ids))
+        inputs = torch.tensor([ids, positions], device=self._device)
+        return self._step(inputs[0], inputs[1], mask, cache)
 
     def _step(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any
     ) -> torch.Tensor:
-        """``_decode`` for ``CompiledDecode``: all that changes from step to step is a tensor."""
         hidden = self._text(
             input_ids=ids[:, None],
             attention_mask=added(mask, self.layout.dtype),
