@@ -30,12 +30,6 @@ def asked(wild):
     return [(each, generate(wild, each)) for each in (random_request(rng) for _ in range(24))]
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path_factory, monkeypatch):
-    """One for all of these tests."""
-    monkeypatch.setattr(library, "_CACHE", tmp_path_factory.getbasetemp() / "native")
-
-
 def with_native(loaded, threads=(1, 1)):
     made = native.create(loaded.model, 2**30, threads)
     assert made.text and made.tower
@@ -94,7 +88,9 @@ def test_numbers_that_are_not_finite_stay_so(wild):
     assert not logits[1].isfinite().any()
 
 
-def test_a_machine_without_the_widest_registers_has_it_too(wild, monkeypatch):
+@pytest.mark.slow  # it is compiled once more
+def test_a_machine_without_the_widest_registers_has_it_too(wild, monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "_CACHE", tmp_path)
     monkeypatch.setattr(library, "_FLAGS", (*library._FLAGS, "-mno-avx512f"))
     with_native(wild)
 
