@@ -36,7 +36,14 @@ def with_native(loaded, threads=(1, 1)):
     return dataclasses.replace(loaded, native=made)
 
 
-@pytest.mark.parametrize(("slots", "threads"), [(1, (1, 1)), (3, (2, 2)), (4, (1, 3)), (9, (3, 3))])
+@pytest.mark.parametrize(
+    ("slots", "threads"),
+    [
+        (1, (1, 1)),
+        (9, (3, 3)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, (2, 2)), (4, (1, 3)))),
+    ],
+)
 def test_tokens_are_those_of_generate(wild, asked, slots, threads):
     with running(with_native(wild, threads), slots=slots) as engine:
         pairs = together(engine, asked)

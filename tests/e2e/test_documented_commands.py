@@ -54,7 +54,10 @@ ELSEWHERE = [
     (r"pip install (--no-deps )?\.$", "tests/test_wheel.py"),
 ]
 # Longer than a few seconds, and the proof is another's: what a model's name may be.
-SLOW = r".*MODEL=|make run PORT=8000|.* download|.*benchmarks.original|.* doctor|qwenvl serve"
+SLOW = (
+    r".*MODEL=|make run PORT=8000|.* download|.*benchmarks.original|.* doctor|qwenvl serve"
+    r"|.*import torch"
+)
 SERVES = r"make run|.*gunicorn -c|qwenvl serve"
 
 
