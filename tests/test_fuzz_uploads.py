@@ -97,7 +97,7 @@ def attack(
     return response.status_code
 
 
-@pytest.mark.parametrize("count", [120, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [300, pytest.param(1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SEEDS)
 def test_mutated_pictures(name: str, count: int, client: FlaskClient, backend: ScriptedBackend):
     rng = random.Random(name)

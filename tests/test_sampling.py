@@ -30,7 +30,7 @@ QWENS = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # Qwen3-VL's own
 
 @pytest.fixture(scope="module")
 def wild() -> LoadedModel:
-    return spread(load("demo"))
+    return spread(load("demo"), layers=2)
 
 
 def pick(sampler: Sampler, logits: torch.Tensor) -> int:
