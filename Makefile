@@ -38,7 +38,7 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Ours beside the replaced service, generate and PEERS (benchmarks/peers.md), in under 20 minutes, into
+# Ours beside the replaced service, generate and PEERS (benchmarks/peers.md), in under 25 minutes, into
 # benchmarks/RESULTS.md: make bench PEERS="llama-server=http://127.0.0.1:8081,http://127.0.0.1:8082"
 # BENCH=--quick takes a few minutes; python -m benchmarks.serving --help has the rest.
 bench: $(VENV)/dev

@@ -27,12 +27,9 @@ def clients_at_once(
     return figures(contender, questions, samples, spent, before) | {"clients": clients}
 
 
-def arrivals(rng: random.Random, rate: float, seconds: float) -> Iterator[float]:
-    """Seconds at which requests come, independent of one another: ``rate`` a second."""
-    for at in accumulate(rng.expovariate(rate) for _ in count()):
-        if at >= seconds:
-            return
-        yield at
+def arrivals(rng: random.Random, rate: float) -> Iterator[float]:
+    """Seconds at which requests come, independent of one another: ``rate`` a second, endlessly."""
+    return accumulate(rng.expovariate(rate) for _ in count())
 
 
 def at_random(

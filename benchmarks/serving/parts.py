@@ -36,7 +36,7 @@ class Size:
     long_blocks: int = 3
     longest: int = 1024
     shares: tuple[float, ...] = (0.5, 0.8, 0.95)  # of capacity
-    arriving_s: float = 20.0
+    arriving: int = 150  # at each share; as many for all, since a long queue takes long to build
     capacity_requests: int = 48
     megapixels: tuple[float, ...] = (0.06, 0.25, 1.0, 4.0, 12.0, 33.0)
     rounds: int = 3
@@ -53,7 +53,7 @@ QUICK = replace(
     tokens=64,
     longest=256,
     shares=(0.8,),
-    arriving_s=8.0,
+    arriving=60,
     capacity_requests=24,
     megapixels=(0.06, 1.0, 12.0),
     rounds=1,
@@ -66,7 +66,7 @@ SMALLEST = replace(
     questions=4,
     tokens=4,
     longest=8,
-    arriving_s=1.0,
+    arriving=4,
     capacity_requests=4,
     megapixels=(0.06, 0.25),
     about_one=2,
@@ -132,7 +132,10 @@ def longest_answers(size: Size, them: list[Contender], rng: random.Random) -> It
 
 
 def arrivals_at_random(size: Size, them: list[Contender], rng: random.Random) -> Iterator[Row]:
-    """Poisson arrivals of mixed lengths, at shares of what each can do with the same mix."""
+    """Poisson arrivals of mixed lengths, at shares of what each can do with the same mix.
+
+    The same requests with the same gaps for all, in units of what each can do: a queue as long.
+    """
     seed = rng.getrandbits(32)
 
     def mixed(mix: random.Random) -> Iterator[Question]:
@@ -140,14 +143,14 @@ def arrivals_at_random(size: Size, them: list[Contender], rng: random.Random) ->
             yield noise(mix, 128, mix.choices(LENGTHS, WEIGHTS)[0])
 
     for each in _servers(them):
-        mix = random.Random(seed)  # the same lengths for all
+        mix = random.Random(seed)
         asked = list(islice(mixed(mix), size.capacity_requests))
         full = clients_at_once(each, asked, max(size.clients), stream=True)
         capacity = full["answered"] / full["seconds"]
         for share in size.shares:
             rate = share * capacity
-            times = list(arrivals(random.Random(seed), rate, size.arriving_s))
-            row = at_random(each, mixed(mix), times)
+            times = islice(arrivals(random.Random(seed), rate), size.arriving)
+            row = at_random(each, mixed(mix), list(times))
             yield row | {"share": share, "rate": round(rate, 2), "capacity": round(capacity, 2)}
 
 

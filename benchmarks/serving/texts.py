@@ -14,10 +14,11 @@ answer.
 """
 
 ARRIVALS = """
-Requests come independently of one another (Poisson), for {size.arriving_s:.0f} s, at a share of
+Requests come independently of one another (Poisson), {size.arriving} of them, at a share of
 what each server can do with the same mix of lengths ({lengths} tokens) under as many clients as
-above. A picture of its own each. `max_waiting` is raised for ours, since the others queue without
-a bound.
+above. All get the same requests, with gaps that are the same once measured in what each can do: a
+slow one takes longer over it, and its queue grows as long. A picture of its own each.
+`max_waiting` is raised for ours, since the others queue without a bound.
 """
 
 PICTURES = """

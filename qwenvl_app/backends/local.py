@@ -168,6 +168,7 @@ class LocalBackend:
                 raise ModelLoadError(f"{error}; {hint}") from None
             raise
         devices.tell_process(plan)
+        process.keep_objects()
         return engine
 
     def _say(self, message: str) -> None:

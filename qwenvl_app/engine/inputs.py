@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from qwenvl_app.engine.model import LoadedModel
@@ -102,15 +103,16 @@ def mrope_positions(
     make a token. Text counts on in all three dimensions; a picture's tokens are placed in time,
     rows and columns; what comes after it goes on after the larger of its sides.
     """
-    parts, end, following = [], 0, 0
+    positions = np.empty((3, length), np.int64)
+    end = following = 0
     for tokens, grid in pictures:
         text = tokens.start - end
-        parts.append(torch.arange(following, following + text).expand(3, -1))
-        time, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
-        placed = torch.cartesian_prod(torch.arange(time), torch.arange(rows), torch.arange(columns))
+        positions[:, end : tokens.start] = np.arange(following, following + text)
         following += text
-        parts.append(placed.T + following)
+        time, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
+        placed = np.indices((time, rows, columns)).reshape(3, -1)
+        positions[:, tokens.start : tokens.stop] = placed + following
         following += max(rows, columns)
         end = tokens.stop
-    parts.append(torch.arange(following, following + length - end).expand(3, -1))
-    return torch.cat(parts, dim=1)
+    positions[:, end:] = np.arange(following, following + length - end)
+    return torch.from_numpy(positions)

@@ -147,7 +147,7 @@ class Runner:
         if self._native.text:
             embeds = self._text.embed_tokens(torch.tensor(ids))
             chunks = [(slot, start, 1) for slot, start in enumerate(starts)]
-            places = torch.tensor(positions)[:, None].repeat(1, 3)
+            places = torch.tensor(positions)[:, None].expand(-1, 3).contiguous()
             return self._native.text(cache, embeds, places, chunks)
         if self.compiled and self.compiled.fits(cache, len(ids)):
             return self.compiled(cache, ids, positions, starts)

@@ -60,6 +60,7 @@ class Sequence:
         self.queued = time.monotonic()
         self.timings = Timings(preprocess=self.queued - arrived)
         self.started = self.first_token = 0.0
+        self._last_position = int(inputs.positions[0, -1])  # of the prompt
         self._arrived, self._sent = arrived, 0
         self._scores: list[Score] = []  # of the tokens that are not sent yet
         self._renderer = renderer
@@ -110,7 +111,7 @@ class Sequence:
     @property
     def position(self) -> int:
         """Of the latest token of the answer; the same in all three dimensions."""
-        return int(self.inputs.positions[0, -1]) + len(self.tokens)
+        return self._last_position + len(self.tokens)
 
     @property
     def cancelled(self) -> bool:

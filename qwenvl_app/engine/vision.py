@@ -22,6 +22,7 @@ from transformers.vision_utils import (
 )
 
 from qwenvl_app.engine.inputs import Features, Span
+from qwenvl_app.engine.native.layout import patch_kernel
 from qwenvl_app.engine.native.tower import NativeTower
 from qwenvl_app.engine.pixels import Grid
 
@@ -51,11 +52,7 @@ class VisionTower:
     def __init__(self, visual: Any, native: NativeTower | None = None):
         self._native = native
         self.visual, self.merge = visual, visual.spatial_merge_size
-        # patch_embed's convolution, whose kernel is its stride: a product, and several times faster
-        # as one, on a CPU and on some GPUs (pytorch #174051). A picture's frames are all alike, so
-        # the kernel's parts for them can be added up beforehand.
-        kernel = visual.patch_embed.proj.weight
-        self._kernel = kernel.detach().float().sum(2).flatten(1).to(kernel.dtype)
+        self._kernel = patch_kernel(visual)
         # Many pictures have one of few shapes, and for small ones this is a sixth of the work.
         self._known = lru_cache(maxsize=16)(self._measure)
 
@@ -66,8 +63,10 @@ class VisionTower:
 
     def embed(self, pixels: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """Pixels as ``Patcher`` makes them to what the first layer takes (patches, hidden)."""
-        pixels = pixels.to(device=self._kernel.device, dtype=self._kernel.dtype)
-        hidden = F.linear(pixels.flatten(1), self._kernel, self.visual.patch_embed.proj.bias)
+        pixels = pixels.to(device=self._kernel.device, dtype=self._kernel.dtype).flatten(1)
+        if self._native and geometry.places is not None:
+            return self._native.embed(pixels, geometry.places)
+        hidden = F.linear(pixels, self._kernel, self.visual.patch_embed.proj.bias)
         if geometry.places is not None:
             hidden += geometry.places
         return self._by_windows(hidden, geometry.windows) if geometry.windows else hidden
@@ -92,11 +91,15 @@ class VisionTower:
         taps = getattr(self.visual, "deepstack_visual_indexes", ())
         if number not in taps:
             return None
+        if self._native:
+            return self._native.merge(1 + taps.index(number), hidden)
         taken: torch.Tensor = self.visual.deepstack_merger_list[taps.index(number)](hidden)
         return taken
 
     def merged(self, hidden: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """What the last layer gave as the language model takes it (image tokens, width)."""
+        if self._native:
+            return self._native.merge(0, hidden)
         merged: torch.Tensor = self.visual.merger(hidden)
         return merged[geometry.windows.order.argsort()] if geometry.windows else merged
 

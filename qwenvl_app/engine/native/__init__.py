@@ -31,7 +31,7 @@ class Native(NamedTuple):
     def take_over(self, model: Any) -> None:
         """Drop the products of ``model`` that are copied here; nobody calls its layers then."""
         parts = [model.model.language_model.layers, model.lm_head] if self.text else []
-        parts += [model.model.visual.blocks] if self.tower else []
+        parts += [model.model.visual] if self.tower else []
         for linear in (each for part in parts for each in part.modules()):
             if isinstance(linear, nn.Linear):
                 linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -48,7 +48,7 @@ def create(model: Any, room: int, threads: tuple[int, int] = (1, 1)) -> Native:
     text, visual = model.model.language_model, model.model.visual
     fits = layout.fits(text), layout.tower_fits(visual)
     weights = [*text.layers.parameters(), model.lm_head.weight] if fits[0] else []
-    weights += visual.blocks.parameters() if fits[1] else []
+    weights += visual.parameters() if fits[1] else []
     size = sum(each.nbytes for each in weights)
     if size > room:
         log.info("the model's layers are PyTorch's: %d MiB more would make them faster", size >> 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from qwenvl_app.engine.compiled import alike
 from qwenvl_app.engine.eager import Chunk, EagerText
 from qwenvl_app.engine.kv_cache import BLOCK, SlotCache
 from qwenvl_app.engine.layout import layout_of
+from qwenvl_app.engine.native.layout import mergers
 from qwenvl_app.engine.native.text import NativeText
 from qwenvl_app.engine.native.tower import NativeTower
 
 _ROWS = 7  # more are, as seven, tiles of up to six one after another
-_PICTURES = (0, 5, 103)  # where each begins, in patches; 96 are multiplied at once
+_PICTURES = (0, 5, 104)  # where each begins, in patches; 96 are multiplied at once
 
 
 def text_agrees(native: NativeText, model: Any) -> bool:
@@ -45,14 +47,21 @@ def _logits_agree(native: NativeText, model: Any, chunks: list[Chunk]) -> bool:
 
 
 def tower_agrees(native: NativeTower, visual: Any) -> bool:
-    """Whether its layers are those of ``visual``, on noise of the size of what comes."""
-    size = visual.blocks[0].attn.head_dim
+    """Whether each of its parts is that of ``visual``, on noise of the size of what comes."""
+    return all(alike(ours, theirs) for ours, theirs in _of_towers(native, visual))
+
+
+def _of_towers(native: NativeTower, visual: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    config, size = visual.config, visual.blocks[0].attn.head_dim
     noise = torch.Generator().manual_seed(0)
-    patches = torch.randn(_PICTURES[-1], visual.config.hidden_size, generator=noise)
-    angles = torch.randn(len(patches), size // 2, generator=noise).repeat(1, 2)
+    hidden = torch.randn(_PICTURES[-1], config.hidden_size, generator=noise)
+    still = torch.randn(len(hidden), 3, 1, config.patch_size**2, generator=noise)
+    frames = still.expand(-1, -1, config.temporal_patch_size, -1).flatten(1)
+    yield native.embed(still.flatten(1), hidden), visual.patch_embed(frames) + hidden
+    angles = torch.randn(len(hidden), size // 2, generator=noise).repeat(1, 2)
     rotary, lengths = (angles.cos(), angles.sin()), torch.tensor(_PICTURES, dtype=torch.int32)
     for number, block in enumerate(visual.blocks):
-        expected = block(patches, cu_seqlens=lengths, max_seqlen=None, position_embeddings=rotary)
-        if not alike(native(number, patches.clone(), rotary, lengths), expected):
-            return False
-    return True
+        expected = block(hidden, cu_seqlens=lengths, max_seqlen=None, position_embeddings=rotary)
+        yield native(number, hidden.clone(), rotary, lengths), expected
+    for number, merger in enumerate(mergers(visual)):
+        yield native.merge(number, hidden), merger(hidden)

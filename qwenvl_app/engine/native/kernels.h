@@ -67,6 +67,17 @@ static inline Vector gelu(Vector x) {
   return x / (exponential(x * (x * x * 0.044715f + 1.0f) * -1.5957691216f) + 1.0f);
 }
 
+// GELU itself, by the error function (Abramowitz and Stegun, 7.1.26, to 1.5e-7).
+static inline Vector exact_gelu(Vector x) {
+  const Vector z = (x < all(0) ? -x : x) * 0.70710678f, t = 1.0f / (z * 0.3275911f + 1.0f);
+  Vector p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const Vector outside = x * p * t * exponential(-z * z) * 0.5f;
+  return x < all(0) ? outside : x - outside;
+}
+
 // ROWS of x times COLUMNS vectors of w; ``add``: to what y has.
 template <int ROWS, int COLUMNS>
 static inline void tile(const float* x, long x_row, long inputs, const float* w, long w_row,

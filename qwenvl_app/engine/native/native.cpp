@@ -26,7 +26,11 @@ void* new_tower(void* team, const TowerModel* model) {
   return new Tower(*static_cast<Team*>(team), *model);
 }
 
+void embed(void* tower, const EmbedCall* call) { static_cast<Tower*>(tower)->embed(*call); }
+
 void layer(void* tower, const TowerCall* call) { static_cast<Tower*>(tower)->layer(*call); }
+
+void merge(void* tower, const MergerCall* call) { static_cast<Tower*>(tower)->merge(*call); }
 
 void delete_tower(void* tower) { delete static_cast<Tower*>(tower); }
 }

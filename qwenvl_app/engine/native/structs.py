@@ -67,13 +67,23 @@ class TowerLayer(_Struct):
     )
 
 
+class Merger(_Struct):
+    """What makes tokens of patches."""
+
+    _fields_ = [
+        *_pointers("norm", "norm_bias", "up", "up_bias", "down", "down_bias"),
+        *_longs("normed"),
+    ]
+
+
 class TowerModel(_Struct):
     """Sizes and weights of a vision tower."""
 
     _fields_ = [
-        *_longs("layers", "hidden", "heads", "head_dim", "intermediate"),
+        *_longs("layers", "mergers", "inputs", "hidden", "heads", "head_dim", "intermediate"),
+        *_longs("merged", "out"),
         *_floats("epsilon", "scale"),
-        *_pointers("layer"),
+        *_pointers("embed", "embed_bias", "layer", "merger"),
     ]
 
 
@@ -84,3 +94,15 @@ class TowerCall(_Struct):
         *_longs("threads", "number", "patches", "pictures"),
         *_pointers("x", "cosines", "sines", "starts"),
     ]
+
+
+class EmbedCall(_Struct):
+    """The pixels of some pictures' patches."""
+
+    _fields_ = [*_longs("threads", "patches"), *_pointers("pixels", "places", "y")]
+
+
+class MergerCall(_Struct):
+    """One merger for the patches of some pictures."""
+
+    _fields_ = [*_longs("threads", "number", "patches"), *_pointers("x", "y")]

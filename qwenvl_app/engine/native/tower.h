@@ -1,4 +1,4 @@
-// The layers of Qwen3-VL's vision tower.
+// The layers of Qwen3-VL's vision tower, and what makes tokens of its patches.
 #pragma once
 
 #include "attention.h"
@@ -11,10 +11,17 @@ struct TowerLayer {
   const float *norm2, *norm2_bias, *up, *up_bias, *down, *down_bias;
 };
 
+struct Merger {
+  const float *norm, *norm_bias, *up, *up_bias, *down, *down_bias;
+  long normed;  // numbers that are normalised together: a patch's, or those of a token's patches
+};
+
 struct TowerModel {
-  long layers, hidden, heads, head_dim, intermediate;
-  float epsilon, scale;
+  long layers, mergers, inputs, hidden, heads, head_dim, intermediate, merged, out;  // merged: of
+  float epsilon, scale;                                                               // a token
+  const float *embed, *embed_bias;
   const TowerLayer* layer;
+  const Merger* merger;
 };
 
 struct TowerCall {
@@ -24,12 +31,38 @@ struct TowerCall {
   const int* starts;               // (pictures + 1): patches look at those of their own
 };
 
+struct EmbedCall {
+  long threads, patches;
+  const float *pixels, *places;  // (patches, inputs); (patches, hidden)
+  float* y;                      // (patches, hidden)
+};
+
+struct MergerCall {
+  long threads, number, patches;
+  const float* x;  // (patches, hidden)
+  float* y;        // (tokens, out)
+};
+
 }  // extern "C"
 
 class Tower {
  public:
   Tower(Team& team, const TowerModel& model)
-      : team_(team), m_(model), layers_(model.layer, model.layer + model.layers) {}
+      : team_(team),
+        m_(model),
+        layers_(model.layer, model.layer + model.layers),
+        mergers_(model.merger, model.merger + model.mergers) {}
+
+  void embed(const EmbedCall& call) {
+    Team::Shift shift(team_, call.threads);
+    multiply(team_, call.pixels, call.patches, m_.inputs, m_.embed, m_.hidden,
+             [&](long r, long column, long count, const float* sums) {
+               const float* place = call.places + r * m_.hidden + column;
+               float* y = call.y + r * m_.hidden + column;
+               for (long i = 0; i < count; i++)
+                 y[i] = sums[i] + m_.embed_bias[column + i] + place[i];
+             });
+  }
 
   void layer(const TowerCall& call) {
     Team::Shift shift(team_, call.threads);
@@ -54,6 +87,28 @@ class Tower {
                  store(y + i, gelu(load(sums + i) + load(layer.up_bias + column + i)));
              });
     add(inner_.data(), m_.intermediate, layer.down, layer.down_bias);
+  }
+
+  void merge(const MergerCall& call) {
+    Team::Shift shift(team_, call.threads);
+    const Merger& merger = mergers_[call.number];
+    const long size = call.patches * m_.hidden, tokens = size / m_.merged;
+    h_.resize(size), inner_.resize(size);
+    for_rows(team_, size / merger.normed, [&](long r) {
+      layer_norm(call.x + r * merger.normed, merger.normed, merger.norm, merger.norm_bias,
+                 m_.epsilon, &h_[r * merger.normed]);
+    });
+    multiply(team_, h_.data(), tokens, m_.merged, merger.up, m_.merged,
+             [&](long r, long column, long count, const float* sums) {
+               float* y = &inner_[r * m_.merged + column];
+               for (long i = 0; i < count; i += LANES)
+                 store(y + i, exact_gelu(load(sums + i) + load(merger.up_bias + column + i)));
+             });
+    multiply(team_, inner_.data(), tokens, m_.merged, merger.down, m_.out,
+             [&](long r, long column, long count, const float* sums) {
+               float* y = call.y + r * m_.out + column;
+               for (long i = 0; i < count; i++) y[i] = sums[i] + merger.down_bias[column + i];
+             });
   }
 
  private:
@@ -122,6 +177,7 @@ class Tower {
   Team& team_;
   const TowerModel m_;
   const std::vector<TowerLayer> layers_;
+  const std::vector<Merger> mergers_;
   const TowerCall* call_ = nullptr;
   std::vector<Part> blocks_, parts_;  // of keys; of queries
   std::vector<float> h_, qkv_, inner_, keys_, values_;

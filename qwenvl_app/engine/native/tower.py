@@ -1,4 +1,4 @@
-"""The layers of Qwen3-VL's vision tower in C++."""
+"""Qwen3-VL's vision tower in C++."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from qwenvl_app.engine.native.library import freed_with
-from qwenvl_app.engine.native.structs import TowerCall, TowerModel
+from qwenvl_app.engine.native.structs import EmbedCall, MergerCall, TowerCall, TowerModel
 from qwenvl_app.engine.native.team import Team
 
 
@@ -15,11 +15,30 @@ class NativeTower:
     """All layers of a tower. Used by the engine's thread alone."""
 
     def __init__(self, library: ctypes.CDLL, team: Team, model: TowerModel):
-        self._model, self._team, self._layer = model, team, library.layer
+        self._model, self._team = model, team
+        self._embed, self._layer, self._merge = library.embed, library.layer, library.merge
+        self._embed.argtypes = (ctypes.c_void_p, ctypes.POINTER(EmbedCall))
         self._layer.argtypes = (ctypes.c_void_p, ctypes.POINTER(TowerCall))
+        self._merge.argtypes = (ctypes.c_void_p, ctypes.POINTER(MergerCall))
         library.delete_tower.argtypes = (ctypes.c_void_p,)
         self._tower = library.new_tower(team.address, ctypes.byref(model))
         freed_with(self, library.delete_tower, self._tower)
+
+    def embed(self, pixels: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """What the first layer takes (patches, width) of ``pixels`` (patches, inputs).
+
+        ``places`` (patches, width): learned positions.
+        """
+        hidden = torch.empty_like(places)
+        call = EmbedCall(
+            threads=self._team.threads(len(pixels)),
+            patches=len(pixels),
+            pixels=pixels,
+            places=places,
+            y=hidden,
+        )
+        self._embed(self._tower, call)
+        return hidden
 
     def __call__(
         self,
@@ -45,3 +64,20 @@ class NativeTower:
         )
         self._layer(self._tower, call)
         return hidden
+
+    def merge(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden`` (patches, width) by a merger: (tokens, width of the language model).
+
+        ``number``: 0 is the one after the last layer, then DeepStack's in order.
+        """
+        model = self._model
+        tokens = hidden.new_empty(hidden.numel() // model.merged, model.out)
+        call = MergerCall(
+            threads=self._team.threads(len(hidden)),
+            number=number,
+            patches=len(hidden),
+            x=hidden,
+            y=tokens,
+        )
+        self._merge(self._tower, call)
+        return tokens
