@@ -25,9 +25,15 @@ def wild():
 
 
 @pytest.fixture(scope="module")
-def asked(wild):
+def more(wild):
     rng = random.Random(13)
     return [(each, generate(wild, each)) for each in (random_request(rng) for _ in range(24))]
+
+
+@pytest.fixture(scope="module")
+def asked(wild):
+    rng = random.Random(13)
+    return [(each, generate(wild, each)) for each in (random_request(rng) for _ in range(10))]
 
 
 def with_native(loaded, threads=(1, 1)):
@@ -37,16 +43,19 @@ def with_native(loaded, threads=(1, 1)):
 
 
 @pytest.mark.parametrize(
-    ("slots", "threads"),
+    ("whose", "slots", "threads"),
     [
-        (1, (1, 1)),
-        (9, (3, 3)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, (2, 2)), (4, (1, 3)))),
+        ("asked", 1, (1, 1)),
+        ("asked", 9, (3, 3)),
+        *(
+            pytest.param("more", *case, marks=pytest.mark.slow)
+            for case in ((1, (1, 1)), (3, (2, 2)), (4, (1, 3)), (9, (3, 3)))
+        ),
     ],
 )
-def test_tokens_are_those_of_generate(wild, asked, slots, threads):
+def test_tokens_are_those_of_generate(wild, request, whose, slots, threads):
     with running(with_native(wild, threads), slots=slots) as engine:
-        pairs = together(engine, asked)
+        pairs = together(engine, request.getfixturevalue(whose))
         assert engine._runner._native.text
     judge(pairs)
 
