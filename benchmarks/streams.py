@@ -57,7 +57,7 @@ def of_engine(engine: Engine, url: str, sampling: SamplingParams) -> Iterator[No
 
 
 def request(url: str, sampling: SamplingParams) -> bytes:
-    """As it is sent."""
+    """Head and body, as they are sent."""
     content = [
         {"type": "image_url", "image_url": {"url": url}},
         {"type": "text", "text": ASKED},
@@ -78,6 +78,8 @@ def of_http(connection: socket.socket, asked: bytes) -> Iterator[None]:
     """The same from events."""
     connection.sendall(asked)
     with connection.makefile("rb") as answer:
+        if b" 200 " not in (status := answer.readline()):
+            raise RuntimeError(status)
         for line in answer:
             if line.startswith(b"data: {"):
                 delta = json.loads(line[6:])["choices"][0]["delta"]
@@ -85,7 +87,7 @@ def of_http(connection: socket.socket, asked: bytes) -> Iterator[None]:
                     yield
             elif line.startswith(b"data: [DONE]"):
                 return
-    raise RuntimeError("the service has not answered")
+    raise RuntimeError("the stream has no end")
 
 
 def times(pieces: Iterator[None], began: float) -> tuple[float, list[float]]:
@@ -113,7 +115,7 @@ def compare(model: str, edge: int, rounds: int, tokens: int) -> None:
             for kind in ("engine", "http") if number % 2 else ("http", "engine"):
                 with socket.create_connection(("127.0.0.1", server.port), 120) as connection:
                     asked = request(url, sampling)
-                    time.sleep(0.01)  # until it is accepted, too
+                    time.sleep(0.01)  # until the service has accepted it
                     began = time.perf_counter()
                     if kind == "engine":
                         ttft, between = times(of_engine(engine, url, sampling), began)

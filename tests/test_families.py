@@ -185,19 +185,21 @@ def test_the_vision_tower_in_pieces_is_the_vision_tower(wild):
             torch.cat(theirs),
             grid_thw=torch.tensor([span.grid for span in spans]),
         )
-        encoding = VisionPass(VisionTower(visual), spans)
-        assert encoding.advance(0, 1) is None
-        assert encoding.advance(1, 3) is None
-        features = encoding.advance(3, 4)
-    # The first layer's convolution is done as a product here, which rounds otherwise.
-    near = {"atol": 1e-4, "rtol": 1e-5}
-    torch.testing.assert_close(torch.cat([f.embeds for f in features]), whole.pooler_output, **near)
-    layers = getattr(whole, "deepstack_features", ())
-    assert [len(f.deepstack) for f in features] == [len(layers)] * 3
-    for number, layer in enumerate(layers):
-        torch.testing.assert_close(
-            torch.cat([f.deepstack[number] for f in features]), layer, **near
-        )
+    for tower in {None, native.create(wild.model, 2**30).tower}:  # in C++ too, if that has it
+        with torch.inference_mode():
+            encoding = VisionPass(VisionTower(visual, tower), spans)
+            assert encoding.advance(0, 1) is None
+            assert encoding.advance(1, 3) is None
+            features = encoding.advance(3, 4)
+        # The first layer's convolution is done as a product here, which rounds otherwise.
+        near = {"atol": 1e-4, "rtol": 1e-5}
+        embeds = torch.cat([f.embeds for f in features])
+        torch.testing.assert_close(embeds, whole.pooler_output, **near)
+        layers = getattr(whole, "deepstack_features", ())
+        assert [len(f.deepstack) for f in features] == [len(layers)] * 3
+        for number, layer in enumerate(layers):
+            added = torch.cat([f.deepstack[number] for f in features])
+            torch.testing.assert_close(added, layer, **near)
 
 
 @pytest.mark.parametrize("name", families.PUBLISHED)

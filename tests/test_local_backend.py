@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import io
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from PIL import Image
@@ -189,6 +192,22 @@ def test_closing_with_a_stuck_engine_comes_to_an_end(local, monkeypatch, caplog)
     blockade.go.set()
     with pytest.raises(Unavailable):
         list(generation)
+
+
+def parts_of_a_closed_backend(loaded, monkeypatch) -> list[weakref.ref[object]]:
+    before = gc.get_freeze_count()
+    monkeypatch.setattr("qwenvl_app.loading.load.load", lambda _name, **_options: own(loaded))
+    with closing(LocalBackend(load_settings({}))) as backend:
+        until(lambda: backend.status().phase is Phase.READY)
+        assert gc.get_freeze_count() > before
+        assert backend._engine
+        runner = backend._engine._runner
+        return [weakref.ref(each) for each in (runner, runner._tower, runner._model)]
+
+
+def test_what_is_loaded_is_left_to_no_collection_and_goes_with_its_backend(loaded, monkeypatch):
+    parts = parts_of_a_closed_backend(loaded, monkeypatch)
+    assert not any(part() for part in parts)
 
 
 def test_closing_refuses_what_comes_after(local):

@@ -12,6 +12,7 @@ import torch
 
 from qwenvl_app.engine import native
 from qwenvl_app.engine.native import library
+from qwenvl_app.engine.native.structs import Merger
 from qwenvl_app.engine.runner import Runner
 from qwenvl_app.loading.load import load
 from tests.engines import generate, judge, random_request, running, spread, together
@@ -64,7 +65,7 @@ def test_a_model_that_is_taken_over_keeps_no_products_and_answers(wild, asked):
     own = dataclasses.replace(wild, model=copy.deepcopy(wild.model))
     own = with_native(own)
     own.native.take_over(own.model)
-    parts = own.model.model.language_model.layers, own.model.lm_head, own.model.model.visual.blocks
+    parts = own.model.model.language_model.layers, own.model.lm_head, own.model.model.visual
     linear = [m for part in parts for m in part.modules() if isinstance(m, torch.nn.Linear)]
     assert linear
     assert not any(each.weight.numel() for each in linear)
@@ -74,7 +75,14 @@ def test_a_model_that_is_taken_over_keeps_no_products_and_answers(wild, asked):
 
 
 @pytest.mark.parametrize(
-    ("part", "fault"), [("text", "_axes"), ("text", "text_of"), ("tower", "tower_of")]
+    ("part", "fault"),
+    [
+        ("text", "_axes"),
+        ("text", "text_of"),
+        ("tower", "tower_of"),
+        ("tower", "patch_kernel"),
+        ("tower", "_merger"),
+    ],
 )
 def test_what_computes_otherwise_is_not_used(wild, part, fault, monkeypatch, caplog):
     right = getattr(native.layout, fault)
@@ -83,7 +91,10 @@ def test_what_computes_otherwise_is_not_used(wild, part, fault, monkeypatch, cap
         made = right(*asked)
         if isinstance(made, torch.Tensor):
             return made.zero_()
-        made.scale *= 1.01
+        if isinstance(made, Merger):
+            made.norm = made.norm_bias
+        else:
+            made.scale *= 1.01
         return made
 
     monkeypatch.setattr(native.layout, fault, wrong)

@@ -134,7 +134,7 @@ def longest_answers(size: Size, them: list[Contender], rng: random.Random) -> It
 def arrivals_at_random(size: Size, them: list[Contender], rng: random.Random) -> Iterator[Row]:
     """Poisson arrivals of mixed lengths, at shares of what each can do with the same mix.
 
-    The same requests with the same gaps for all, in units of what each can do: a queue as long.
+    The same requests for all. The gaps scale with what each can do, so that queues are as long.
     """
     seed = rng.getrandbits(32)
 

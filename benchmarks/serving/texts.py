@@ -16,8 +16,8 @@ answer.
 ARRIVALS = """
 Requests come independently of one another (Poisson), {size.arriving} of them, at a share of
 what each server can do with the same mix of lengths ({lengths} tokens) under as many clients as
-above. All get the same requests, with gaps that are the same once measured in what each can do: a
-slow one takes longer over it, and its queue grows as long. A picture of its own each.
+above. All get the same requests. The gaps scale with what a server can do, so that a slow one takes
+longer and builds up the same queue. A picture of its own each.
 `max_waiting` is raised for ours, since the others queue without a bound.
 """
 

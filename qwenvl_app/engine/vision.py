@@ -9,41 +9,18 @@ merged still side by side.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.vision_utils import (
-    get_vision_attention_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
 
+from qwenvl_app.engine.geometry import Geometry, by_windows, measure, patch_kernel
 from qwenvl_app.engine.inputs import Features, Span
-from qwenvl_app.engine.native.layout import patch_kernel
 from qwenvl_app.engine.native.tower import NativeTower
 from qwenvl_app.engine.pixels import Grid
 
 _SMALL = 1024  # patches in all: what is kept for later is at most a few MB each
-
-
-class Windows(NamedTuple):
-    """The order of the image tokens by windows, and where each window begins, in patches."""
-
-    order: torch.Tensor
-    lengths: torch.Tensor
-
-
-class Geometry(NamedTuple):
-    """All that the tower needs to know of the shapes of some pictures, whatever is in them."""
-
-    places: torch.Tensor | None  # (patches, hidden): the learned positions, interpolated
-    rotary: tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (patches, head_dim)
-    windows: Windows | None
-    lengths: torch.Tensor  # (pictures + 1): where each begins
-    longest: int | None
 
 
 class VisionTower:
@@ -53,7 +30,9 @@ class VisionTower:
         self._native = native
         self.visual, self.merge = visual, visual.spatial_merge_size
         self._kernel = patch_kernel(visual)
-        # Many pictures have one of few shapes, and for small ones this is a sixth of the work.
+        # Many pictures have one of few shapes, and for small ones this is a sixth of the work. Of
+        # ``visual`` and not of this object, which would keep itself.
+        self._measure = partial(measure, visual)
         self._known = lru_cache(maxsize=16)(self._measure)
 
     def geometry(self, grids: tuple[Grid, ...]) -> Geometry:
@@ -63,13 +42,14 @@ class VisionTower:
 
     def embed(self, pixels: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """Pixels as ``Patcher`` makes them to what the first layer takes (patches, hidden)."""
-        pixels = pixels.to(device=self._kernel.device, dtype=self._kernel.dtype).flatten(1)
+        pixels = pixels.flatten(1)
         if self._native and geometry.places is not None:
             return self._native.embed(pixels, geometry.places)
+        pixels = pixels.to(self._kernel)
         hidden = F.linear(pixels, self._kernel, self.visual.patch_embed.proj.bias)
         if geometry.places is not None:
             hidden += geometry.places
-        return self._by_windows(hidden, geometry.windows) if geometry.windows else hidden
+        return by_windows(hidden, geometry.windows, self.merge) if geometry.windows else hidden
 
     def layer(self, number: int, hidden: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """One layer, from and to (patches, hidden)."""
@@ -102,38 +82,6 @@ class VisionTower:
             return self._native.merge(0, hidden)
         merged: torch.Tensor = self.visual.merger(hidden)
         return merged[geometry.windows.order.argsort()] if geometry.windows else merged
-
-    def _measure(self, grids: tuple[Grid, ...]) -> Geometry:
-        visual, proj = self.visual, self.visual.patch_embed.proj
-        here = torch.tensor(grids)
-        grid = here.to(proj.weight.device)
-        places = windows = None
-        if hasattr(visual, "pos_embed"):
-            indices, weights = get_vision_interpolation_indices_and_weights(
-                grid,
-                num_grid_per_side=visual.num_grid_per_side,
-                mode=visual.interpolation_mode,
-                align_corners=visual.interpolation_align_corners,
-                spatial_merge_size=self.merge,
-            )
-            places = (visual.pos_embed(indices) * weights[:, :, None]).sum(1).to(proj.weight.dtype)
-        ids = get_vision_position_ids(grid, self.merge)
-        rotary = visual.rotary_pos_emb(proj.weight, ids)  # of which it takes the device
-        if hasattr(visual, "fullatt_block_indexes"):
-            order, lengths = get_vision_window_index(
-                here,
-                spatial_merge_size=self.merge,
-                window_size=visual.window_size,
-                patch_size=visual.patch_size,
-            )
-            windows = Windows(order.to(grid.device), lengths)
-            rotary = tuple(self._by_windows(part, windows) for part in rotary)
-        # Lengths stay on the CPU: each layer reads them three times, which waits for a GPU.
-        return Geometry(places, rotary, windows, *get_vision_attention_seqlens(here, visual.config))
-
-    def _by_windows(self, patches: torch.Tensor, windows: Windows) -> torch.Tensor:
-        merged = patches.view(-1, self.merge**2, patches.shape[-1])
-        return merged[windows.order].flatten(0, 1)
 
 
 class VisionPass:

@@ -2,8 +2,8 @@
 
 PyTorch reads the weights for a few rows at a third of the memory's rate, and makes hundreds of
 calls besides. Here a pass through the language model is one call, and so is a layer of the vision
-tower; other threads have the interpreter's lock meanwhile. What is made is checked against the
-model's own layers before it is used.
+tower, its embedding, and each merger; other threads have the interpreter's lock meanwhile. What is
+made is checked against the model's own layers before it is used.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def create(model: Any, room: int, threads: tuple[int, int] = (1, 1)) -> Native:
     text, visual = model.model.language_model, model.model.visual
     fits = layout.fits(text), layout.tower_fits(visual)
     weights = [*text.layers.parameters(), model.lm_head.weight] if fits[0] else []
-    weights += visual.parameters() if fits[1] else []
+    weights += (
+        [p for p in visual.parameters() if p is not visual.pos_embed.weight] if fits[1] else []
+    )
     size = sum(each.nbytes for each in weights)
     if size > room:
         log.info("the model's layers are PyTorch's: %d MiB more would make them faster", size >> 20)

@@ -16,7 +16,7 @@ from qwenvl_app.engine.native.text import NativeText
 from qwenvl_app.engine.native.tower import NativeTower
 
 _ROWS = 7  # more are, as seven, tiles of up to six one after another
-_PICTURES = (0, 5, 104)  # where each begins, in patches; 96 are multiplied at once
+_PICTURES = (0, 5, 103)  # where each begins, in patches; 96 are multiplied at once
 
 
 def text_agrees(native: NativeText, model: Any) -> bool:
@@ -63,5 +63,6 @@ def _of_towers(native: NativeTower, visual: Any) -> Iterator[tuple[torch.Tensor,
     for number, block in enumerate(visual.blocks):
         expected = block(hidden, cu_seqlens=lengths, max_seqlen=None, position_embeddings=rotary)
         yield native(number, hidden.clone(), rotary, lengths), expected
+    whole = hidden[len(hidden) % config.spatial_merge_size**2 :]
     for number, merger in enumerate(mergers(visual)):
-        yield native.merge(number, hidden), merger(hidden)
+        yield native.merge(number, whole), merger(whole)

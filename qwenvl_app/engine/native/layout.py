@@ -16,6 +16,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeVisio
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLVisionBlock
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionBlock
 
+from qwenvl_app.engine.geometry import patch_kernel
 from qwenvl_app.engine.native.structs import Merger, TextLayer, TextModel, TowerLayer, TowerModel
 
 _BLOCKS = Qwen3VLVisionBlock, Qwen3VLMoeVisionBlock, Qwen3_5VisionBlock, Qwen3_5MoeVisionBlock
@@ -80,17 +81,6 @@ def fits(text: Any) -> bool:
         and config.hidden_size % _LANES == 0
         and not any(getattr(layer.self_attn, "sliding_window", None) for layer in layers)
     )
-
-
-def patch_kernel(visual: Any) -> torch.Tensor:
-    """patch_embed's convolution as a product (hidden, inputs), since its kernel is its stride.
-
-    Several times faster as one, on a CPU and on some GPUs (pytorch #174051). A picture's frames are
-    all alike, so the kernel's parts for them are added up.
-    """
-    kernel = visual.patch_embed.proj.weight.detach()
-    product: torch.Tensor = kernel.float().sum(2).flatten(1).to(kernel.dtype)
-    return product
 
 
 def mergers(visual: Any) -> list[Any]:

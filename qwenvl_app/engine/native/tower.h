@@ -1,4 +1,4 @@
-// The layers of Qwen3-VL's vision tower, and what makes tokens of its patches.
+// Qwen3-VL's vision tower.
 #pragma once
 
 #include "attention.h"
@@ -17,8 +17,9 @@ struct Merger {
 };
 
 struct TowerModel {
-  long layers, mergers, inputs, hidden, heads, head_dim, intermediate, merged, out;  // merged: of
-  float epsilon, scale;                                                               // a token
+  long layers, mergers, inputs, hidden, heads, head_dim, intermediate;
+  long merged, out;  // numbers of a token, before and after a merger
+  float epsilon, scale;
   const float *embed, *embed_bias;
   const TowerLayer* layer;
   const Merger* merger;
@@ -68,24 +69,16 @@ class Tower {
     Team::Shift shift(team_, call.threads);
     call_ = &call;
     const TowerLayer& layer = layers_[call.number];
-    h_.resize(call.patches * m_.hidden);
-    qkv_.resize(call.patches * 3 * m_.hidden);
-    inner_.resize(call.patches * m_.intermediate);
+    grow(h_, call.patches * m_.hidden);
+    grow(qkv_, call.patches * 3 * m_.hidden);
+    grow(inner_, call.patches * m_.intermediate);
     normalise(layer.norm1, layer.norm1_bias);
-    multiply(team_, h_.data(), call.patches, m_.hidden, layer.qkv, 3 * m_.hidden,
-             [&](long r, long column, long count, const float* sums) {
-               float* y = &qkv_[r * 3 * m_.hidden + column];
-               for (long i = 0; i < count; i++) y[i] = sums[i] + layer.qkv_bias[column + i];
-             });
+    linear(h_.data(), call.patches, m_.hidden, layer.qkv, layer.qkv_bias, qkv_.data(),
+           3 * m_.hidden);
     attention();
     add(h_.data(), m_.hidden, layer.out, layer.out_bias);
     normalise(layer.norm2, layer.norm2_bias);
-    multiply(team_, h_.data(), call.patches, m_.hidden, layer.up, m_.intermediate,
-             [&](long r, long column, long count, const float* sums) {
-               float* y = &inner_[r * m_.intermediate + column];
-               for (long i = 0; i < count; i += LANES)
-                 store(y + i, gelu(load(sums + i) + load(layer.up_bias + column + i)));
-             });
+    activated<gelu>(call.patches, m_.hidden, layer.up, layer.up_bias, m_.intermediate);
     add(inner_.data(), m_.intermediate, layer.down, layer.down_bias);
   }
 
@@ -93,28 +86,45 @@ class Tower {
     Team::Shift shift(team_, call.threads);
     const Merger& merger = mergers_[call.number];
     const long size = call.patches * m_.hidden, tokens = size / m_.merged;
-    h_.resize(size), inner_.resize(size);
+    grow(h_, size), grow(inner_, size);
     for_rows(team_, size / merger.normed, [&](long r) {
       layer_norm(call.x + r * merger.normed, merger.normed, merger.norm, merger.norm_bias,
                  m_.epsilon, &h_[r * merger.normed]);
     });
-    multiply(team_, h_.data(), tokens, m_.merged, merger.up, m_.merged,
-             [&](long r, long column, long count, const float* sums) {
-               float* y = &inner_[r * m_.merged + column];
-               for (long i = 0; i < count; i += LANES)
-                 store(y + i, exact_gelu(load(sums + i) + load(merger.up_bias + column + i)));
-             });
-    multiply(team_, inner_.data(), tokens, m_.merged, merger.down, m_.out,
-             [&](long r, long column, long count, const float* sums) {
-               float* y = call.y + r * m_.out + column;
-               for (long i = 0; i < count; i++) y[i] = sums[i] + merger.down_bias[column + i];
-             });
+    activated<exact_gelu>(tokens, m_.merged, merger.up, merger.up_bias, m_.merged);
+    linear(inner_.data(), tokens, m_.merged, merger.down, merger.down_bias, call.y, m_.out);
   }
 
  private:
   struct Part {
     long head, first, count, length, packed;  // patches; the picture's; where its keys begin
   };
+
+  // To at least that; what grows again and again would be zeroed each time.
+  static void grow(std::vector<float>& v, long size) {
+    if (long(v.size()) < size) v.resize(size);
+  }
+
+  // y (rows, columns): x (rows, inputs) times a weight, and a bias.
+  void linear(const float* x, long rows, long inputs, const float* w, const float* bias, float* y,
+              long columns) {
+    multiply(team_, x, rows, inputs, w, columns,
+             [&](long r, long column, long count, const float* sums) {
+               float* to = y + r * columns + column;
+               for (long i = 0; i < count; i++) to[i] = sums[i] + bias[column + i];
+             });
+  }
+
+  // inner_ (rows, columns): the same of h_, and an activation; columns are a multiple of LANES.
+  template <Vector (*activation)(Vector)>
+  void activated(long rows, long inputs, const float* w, const float* bias, long columns) {
+    multiply(team_, h_.data(), rows, inputs, w, columns,
+             [&](long r, long column, long count, const float* sums) {
+               float* to = &inner_[r * columns + column];
+               for (long i = 0; i < count; i += LANES)
+                 store(to + i, activation(load(sums + i) + load(bias + column + i)));
+             });
+  }
 
   void normalise(const float* weight, const float* bias) {
     for_rows(team_, call_->patches, [&](long r) {

@@ -12,7 +12,7 @@ from qwenvl_app.engine.native.team import Team
 
 
 class NativeTower:
-    """All layers of a tower. Used by the engine's thread alone."""
+    """A tower: its embedding, layers and mergers. Used by the engine's thread alone."""
 
     def __init__(self, library: ctypes.CDLL, team: Team, model: TowerModel):
         self._model, self._team = model, team
