@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from werkzeug.routing import Rule
 
 from qwenvl_app import create_app, process, testing
 from qwenvl_app.service.admission import Admission
@@ -29,6 +30,26 @@ if TYPE_CHECKING:  # of pytest-xdist's three processes one runs no tests, and wa
 def _threads() -> None:
     """As the service does: two threads on two busy cores spend their time waiting for another."""
     process.use_threads(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _routes() -> Iterator[None]:
+    """The code that builds a route's URL is compiled once, and not for each application again.
+
+    Each test has an application of its own, and half of the time it took was Python's compiler's.
+    """
+    compiled: dict[tuple[object, ...], Callable[..., tuple[str, str]]] = {}
+    compile_builder = Rule._compile_builder
+
+    def once(rule: Rule, append_unknown: bool = True) -> Callable[..., tuple[str, str]]:
+        key = (rule.rule, str(rule.defaults), tuple(rule._trace), append_unknown)
+        if key not in compiled:
+            compiled[key] = compile_builder(rule, append_unknown)
+        return compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rule, "_compile_builder", once)
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

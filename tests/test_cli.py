@@ -88,7 +88,7 @@ def test_commands_load_no_model():
 
 def test_routes_are_those_that_are_served():
     """They were the commands' application's, which has none."""
-    done = flask("routes")
+    done = flask("routes", **REMOTE)
     assert done.returncode == 0, done.stderr
     assert {"/livez", "/readyz", "/health", "/metrics", ROUTE} <= set(done.stdout.split())
 
@@ -108,7 +108,8 @@ def test_the_development_server_serves_the_application(tmp_path: Path):
     command = ["env", "--default-signal=INT", sys.executable, "-m", "flask", "--app", "wsgi"]
     command += ["run", "--port", str(port)]
     with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        environ = os.environ | REMOTE
+        server = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 30
         while True:

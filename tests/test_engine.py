@@ -49,10 +49,13 @@ def wild(demo) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def asked(wild) -> list[Asked]:
-    """24 requests, and what ``generate`` answers."""
-    rng = random.Random(64)
-    requests = [random_request(rng) for _ in range(24)]
-    return [(each, generate(wild, each)) for each in requests]
+    """16 requests, and what ``generate`` answers."""
+    return solos(wild, 64, 16)
+
+
+def solos(wild: LoadedModel, seed: int, count: int) -> list[Asked]:
+    rng = random.Random(seed)
+    return [(each, generate(wild, each)) for each in [random_request(rng) for _ in range(count)]]
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +67,7 @@ def few(asked) -> list[Asked]:
 @pytest.fixture(scope="module")
 def more(wild, asked) -> list[Asked]:
     """64."""
-    rng = random.Random(40)
-    return [*asked, *((each, generate(wild, each)) for each in map(random_request, [rng] * 40))]
+    return [*asked, *solos(wild, 40, 48)]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_eager_attention(demo, asked):
     eager = spread(demo, "eager")
     assert eager.model.config.text_config._attn_implementation == "eager"
     with running(eager, prefill_chunk=50) as engine:
-        pairs = together(engine, asked[:16])
+        pairs = together(engine, asked[:8])
     judge(pairs)
 
 

@@ -49,7 +49,7 @@ FAULTS = [
 
 @pytest.fixture(scope="module")
 def wild():
-    return spread(load("demo"))
+    return spread(load("demo"), layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -50,42 +50,60 @@ def wild(request, tmp_path_factory) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def asked(wild) -> list[tuple[GenerationRequest, Solo]]:
-    rng = random.Random(12)
-    requests = [random_request(rng) for _ in range(12)]
+    return solos(wild, 12, 6)
+
+
+@pytest.fixture(scope="module")
+def more(wild, asked) -> list[tuple[GenerationRequest, Solo]]:
+    """As many again."""
+    return [*asked, *solos(wild, 13, 6)]
+
+
+def solos(wild: LoadedModel, seed: int, count: int) -> list[tuple[GenerationRequest, Solo]]:
+    rng = random.Random(seed)
+    requests = [random_request(rng) for _ in range(count)]
     return [(each, generate(wild, each)) for each in requests]
 
 
 @pytest.mark.parametrize(
-    ("slots", "chunk", "prefix"),
+    ("whose", "slots", "chunk", "prefix", "rounds"),
     [
-        (4, 100, 2**27),
+        ("asked", 4, 100, 2**27, 2),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((4, 7, 0), (1, 1024, 0), (4, 1024, 0), (4, 64, 0), (16, 31, 2**19))
+            pytest.param("more", *case, marks=pytest.mark.slow)
+            for case in (
+                *((4, 7, 0, 1), (1, 1024, 0, 1), (4, 1024, 0, 1), (4, 64, 0, 1)),
+                *((16, 31, 2**19, 3), (4, 100, 2**27, 3)),
+            )
         ),
     ],
 )
-def test_every_token_is_that_of_generate(wild, asked, slots: int, chunk: int, prefix: int):
-    """Joining and leaving at random steps: 72 requests, and 48 about pictures that are known."""
+def test_every_token_is_that_of_generate(
+    wild, request, whose: str, slots: int, chunk: int, prefix: int, rounds: int
+):
+    """Joining and leaving at random steps; after the first round the pictures are known."""
+    asked = request.getfixturevalue(whose)
     rng = random.Random(slots * chunk)
-    rounds = [asked, asked, asked] if prefix else [asked]
     with running(wild, slots=slots, prefill_chunk=chunk, prefix_cache_bytes=prefix) as engine:
         pairs = []
-        for round_ in rounds:
-            for each, solo in round_:
+        for _ in range(rounds):
+            for each, solo in asked:
                 pairs.append((engine.submit(each), solo))
                 time.sleep(rng.random() * 0.01)
-            for sequence, _ in pairs[-len(round_) :]:
+            for sequence, _ in pairs[-len(asked) :]:
                 finish(sequence)
         hits = engine.prefixes.hits
     judge(pairs)
     if prefix == 2**27:
-        assert hits >= 2 * len(asked)
+        assert hits >= (rounds - 1) * len(asked)
 
 
 @pytest.mark.parametrize("wild", families.USUAL, indirect=True, scope="module")
 @pytest.mark.parametrize("change", ["packed", "native", "eager"])
-def test_nor_does_it_matter_how_products_are_made(wild, asked, change: str, monkeypatch):
+@pytest.mark.parametrize("whose", ["asked", pytest.param("more", marks=pytest.mark.slow)])
+def test_nor_does_it_matter_how_products_are_made(
+    wild, whose: str, change: str, request, monkeypatch
+):
     """Packed: layers and activations are replaced. Eager: that attention adds its mask."""
     other = dataclasses.replace(wild, model=copy.deepcopy(wild.model))
     if change == "native":
@@ -100,14 +118,14 @@ def test_nor_does_it_matter_how_products_are_made(wild, asked, change: str, monk
     else:
         other.model.set_attn_implementation("eager")
     with running(other, prefill_chunk=50) as engine:
-        pairs = together(engine, asked)
+        pairs = together(engine, request.getfixturevalue(whose))
     judge(pairs)
 
 
 @pytest.mark.slow  # test_compiled.py has the family that is served
 @pytest.mark.timeout(600)  # torch.compile takes most of a minute
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
-def test_compiled(wild, asked):
+def test_compiled(wild, more):
     """See ``test_compiled.py``. A recurrent layer's state is not among what is compiled."""
     if wild.model.config.model_type.startswith("qwen3_5"):
         with pytest.raises(ModelLoadError, match="does not know this model's recurrent layers"):
@@ -115,7 +133,7 @@ def test_compiled(wild, asked):
         return
     fused.fuse(wild.model)  # as the backend does
     with running(wild, compile="on") as engine:
-        pairs = together(engine, asked)
+        pairs = together(engine, more)
     judge(pairs)
 
 

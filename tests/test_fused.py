@@ -77,11 +77,12 @@ def test_one_layer_at_a_time(monkeypatch):
     assert alive == [4, 3, 2, 1]
 
 
-def test_packed_tokens_are_those_of_generate_on_the_plain_model(monkeypatch):
+@pytest.mark.parametrize("count", [6, pytest.param(16, marks=pytest.mark.slow)])
+def test_packed_tokens_are_those_of_generate_on_the_plain_model(monkeypatch, count: int):
     monkeypatch.setattr(fused, "LEAST", 0)  # every layer of the small test model too
     wild = spread(load("demo"))
     rng = random.Random(7)
-    asked = [(each, generate(wild, each)) for each in (random_request(rng) for _ in range(16))]
+    asked = [(each, generate(wild, each)) for each in (random_request(rng) for _ in range(count))]
     packed = dataclasses.replace(wild, model=copy.deepcopy(wild.model))
     fused.fuse(packed.model)
     assert isinstance(packed.model.model.language_model.layers[0].mlp.up_proj, fused.PackedLinear)

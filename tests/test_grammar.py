@@ -47,7 +47,7 @@ WIDTH = 1088
 
 @pytest.fixture(scope="module")
 def wild() -> LoadedModel:
-    return spread(load("demo"))
+    return spread(load("demo"), layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -326,6 +326,7 @@ def test_a_cache_that_can_not_be_written(hub: Hub, monkeypatch: pytest.MonkeyPat
     assert "/sys" not in message
 
 
+@pytest.mark.slow  # test_hub.py has it with ModelScope, and the process that is killed with this
 def test_the_command(hub: Hub, published: Path, tmp_path: Path):
     """A mirror is named by the client's own variable."""
     done = flask("download", QWENVL_MODEL=MODEL, **environ(hub, tmp_path))

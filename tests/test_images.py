@@ -403,19 +403,21 @@ def test_a_jpeg_that_lacks_its_end(kind: str, mode: str):
                 decode(data[:-cut] + tail)
 
 
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", _JPEGS)
-def test_a_cut_jpeg_is_the_same_picture_or_none(kind: str):
+def test_a_cut_jpeg_is_the_same_picture_or_none(kind: str, step: int):
     """Of a picture as plain as this a few bytes may be missing and nothing with them."""
     data = picture(size=(131, 97))
     data = encode(Image.open(io.BytesIO(data)), "JPEG", **_JPEGS[kind])
     whole = decode(data).tobytes()
     refused = 0
-    for cut in range(1, len(data)):
+    cuts = [*range(1, 50), *range(50, len(data), step)]
+    for cut in cuts:
         try:
             assert decode(data[:-cut]).tobytes() == whole, cut
         except BadRequest:
             refused += 1
-    assert refused > 0.9 * len(data)
+    assert refused > 0.9 * len(cuts)
 
 
 def test_a_progressive_jpeg_that_lacks_whole_scans():

@@ -18,7 +18,7 @@ from tests.engines import inputs_of, random_request, running, spread
 
 @pytest.fixture(scope="module")
 def wild() -> LoadedModel:
-    return spread(load("demo"))
+    return spread(load("demo"), layers=2)
 
 
 def test_logprobs_are_those_of_the_raw_logits(wild):

@@ -26,15 +26,15 @@ def wild():
 
 
 @pytest.fixture(scope="module")
-def asked(wild):
+def more(wild):
     rng = random.Random(13)
     return [(each, generate(wild, each)) for each in (random_request(rng) for _ in range(24))]
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path_factory, monkeypatch):
-    """One for all of these tests."""
-    monkeypatch.setattr(library, "_CACHE", tmp_path_factory.getbasetemp() / "native")
+@pytest.fixture(scope="module")
+def asked(wild):
+    rng = random.Random(13)
+    return [(each, generate(wild, each)) for each in (random_request(rng) for _ in range(10))]
 
 
 def with_native(loaded, threads=(1, 1)):
@@ -43,10 +43,20 @@ def with_native(loaded, threads=(1, 1)):
     return dataclasses.replace(loaded, native=made)
 
 
-@pytest.mark.parametrize(("slots", "threads"), [(1, (1, 1)), (3, (2, 2)), (4, (1, 3)), (9, (3, 3))])
-def test_tokens_are_those_of_generate(wild, asked, slots, threads):
+@pytest.mark.parametrize(
+    ("whose", "slots", "threads"),
+    [
+        ("asked", 1, (1, 1)),
+        ("asked", 9, (3, 3)),
+        *(
+            pytest.param("more", *case, marks=pytest.mark.slow)
+            for case in ((1, (1, 1)), (3, (2, 2)), (4, (1, 3)), (9, (3, 3)))
+        ),
+    ],
+)
+def test_tokens_are_those_of_generate(wild, request, whose, slots, threads):
     with running(with_native(wild, threads), slots=slots) as engine:
-        pairs = together(engine, asked)
+        pairs = together(engine, request.getfixturevalue(whose))
         assert engine._runner._native.text
     judge(pairs)
 
@@ -105,7 +115,9 @@ def test_numbers_that_are_not_finite_stay_so(wild):
     assert not logits[1].isfinite().any()
 
 
-def test_a_machine_without_the_widest_registers_has_it_too(wild, monkeypatch):
+@pytest.mark.slow  # it is compiled once more
+def test_a_machine_without_the_widest_registers_has_it_too(wild, monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "_CACHE", tmp_path)
     monkeypatch.setattr(library, "_FLAGS", (*library._FLAGS, "-mno-avx512f"))
     with_native(wild)
 

@@ -18,7 +18,7 @@ SLOW = 20  # seconds for one file, of which the largest has a few megapixels
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_file_of_pillows_own_tests(pytestconfig, client, backend, every: int):
     statuses: Counter[int] = Counter()
     process = psutil.Process()

@@ -47,7 +47,13 @@ def recorded():
         return dict(arrays)
 
 
-@pytest.mark.parametrize("number", range(len(parity.PICTURES)))
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, marks=pytest.mark.slow) if width * height > 4_000_000 else number
+        for number, (_, width, height) in enumerate(parity.PICTURES)
+    ],
+)
 def test_the_same_as_the_processor_that_needs_torchvision(recorded, number):
     """It is what the published checkpoints name, and what the replaced service used.
 

@@ -19,7 +19,7 @@ from tests.engines import finish, generate, random_image, request, running, spre
 
 @pytest.fixture(scope="module")
 def wild() -> LoadedModel:
-    return spread(load("demo"))
+    return spread(load("demo"), layers=2)
 
 
 @pytest.fixture(scope="module")

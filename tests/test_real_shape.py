@@ -111,9 +111,10 @@ def test_prompts_are_those_of_the_processor_that_needs_torchvision(loaded, numbe
     assert [[token, len(list(same))] for token, same in groupby(ids)] == expected
 
 
-def test_every_token_is_that_of_generate(exact):
+@pytest.mark.parametrize("count", [5, pytest.param(8, marks=pytest.mark.slow)])
+def test_every_token_is_that_of_generate(exact, count: int):
     rng = random.Random(11)
-    asked = [random_request(rng, max_new_tokens=12) for _ in range(8)]
+    asked = [random_request(rng, max_new_tokens=12) for _ in range(count)]
     with running(exact) as engine:
         sequences = [engine.submit(each) for each in asked]
         for sequence in sequences:
@@ -121,7 +122,9 @@ def test_every_token_is_that_of_generate(exact):
     verdicts = [agrees(s, generate(exact, r)) for s, r in zip(sequences, asked, strict=True)]
     assert False not in verdicts
     assert verdicts.count(None) <= 1
-    assert len({tuple(sequence.tokens) for sequence in sequences}) > 4  # they are not all alike
+    assert (
+        len({tuple(sequence.tokens) for sequence in sequences}) > count // 2
+    )  # they are not all alike
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
@@ -283,7 +286,9 @@ def test_the_reasoning_is_no_part_of_the_answer(
     """An Instruct variant has the same two tokens: there they are what is read off a picture."""
     prompts = PromptBuilder(exact.tokenizer, template, 2)
     ids = exact.tokenizer.encode(written)
-    with running(dataclasses.replace(exact, prompts=prompts)) as engine:
+    other = dataclasses.replace(exact, prompts=prompts)
+    vars(other)["grammars"] = exact.grammars  # of the same vocabulary, and a second's work
+    with running(other) as engine:
         asked = request(Image.new("RGB", (64, 64)), stream=streamed)
         stopping = SamplingParams(stop=("想", "圆"))
         until_idle(engine)

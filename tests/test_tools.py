@@ -662,7 +662,9 @@ class Wild(ScriptedBackend):
 @pytest.fixture(scope="module")
 def wild() -> Iterator[FlaskClient]:
     """The service around it."""
-    with running(spread(load("demo")), max_new_tokens=1024, kv_cache_bytes=2**29) as engine:
+    with running(
+        spread(load("demo"), layers=2), max_new_tokens=1024, kv_cache_bytes=2**29
+    ) as engine:
         app = create_app(backend=Wild(engine))
         yield app.test_client()
         app.extensions["qwenvl"]["close"]()

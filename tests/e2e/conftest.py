@@ -12,6 +12,7 @@ from tests.e2e.server import FAKE, Server
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with Server(tmp_path_factory.mktemp("gunicorn") / "log") as server:
+        server.wait("loading")  # it listens meanwhile
         server.wait()
         yield server
 

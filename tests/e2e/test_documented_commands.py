@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from qwenvl_app.engine.native import library
 from qwenvl_app.loading.checkpoint import DEMO
 from tests.documented import Command, commands, programs
 from tests.e2e.server import ROOT, Server
@@ -53,7 +54,10 @@ ELSEWHERE = [
     (r"pip install (--no-deps )?\.$", "tests/test_wheel.py"),
 ]
 # Longer than a few seconds, and the proof is another's: what a model's name may be.
-SLOW = r".*MODEL=|make run PORT=8000|.* download|.*benchmarks.original|.* doctor|qwenvl serve"
+SLOW = (
+    r".*MODEL=|make run PORT=8000|.* download|.*benchmarks.original|.* doctor|qwenvl serve"
+    r"|.*import torch"
+)
 SERVES = r"make run|.*gunicorn -c|qwenvl serve"
 
 
@@ -97,6 +101,8 @@ class Reader:
         self._program("qwenvl", "-c 'from qwenvl_app.cli import main; main()'")
         for stamp in ("created", "runtime", "dev"):  # make finds nothing to install
             (self._venv / stamp).touch()
+        (directory / ".cache").mkdir()  # what is compiled at the first start is there
+        (directory / ".cache/qwenvl").symlink_to(library._CACHE.expanduser())
         (directory / ".curlrc").write_text("fail\nsilent\nshow-error\n")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -162,6 +162,7 @@ def test_nothing_private_in_the_log(server: Server):
     assert "private" not in server.log.read_text()
 
 
+@pytest.mark.slow  # test_loading.py sees it of a model that is none, ``server`` of this one
 def test_it_listens_while_it_loads_and_stops_when_told(tmp_path: Path):
     with Server(tmp_path / "log") as server:
         loading = server.wait("loading")

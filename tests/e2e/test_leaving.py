@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import socket
@@ -12,12 +13,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+import requests
 
 from tests.e2e.server import Server
+from tests.e2e.test_streams import CHAT, memory
 from tests.waiting import until
 from tests.wire import END, GOOD, MULTIPART, ROUTE, exchange, part, picture, post, send
 
 MINUTE = pytest.param(60, marks=pytest.mark.slow)
+QUEUE_S = 5
 BOUND_S = 10  # that a request may take in all
 pytestmark = pytest.mark.timeout(300)
 
@@ -29,7 +33,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with Server(
         tmp_path_factory.mktemp("probed") / "log",
         "tests.e2e.probe_app:app",
-        QWENVL_QUEUE_TIMEOUT_S="3",
+        QWENVL_QUEUE_TIMEOUT_S=str(QUEUE_S),
         QWENVL_REQUEST_TIMEOUT_S=str(BOUND_S),
     ) as server:
         server.wait()
@@ -147,7 +151,78 @@ def test_a_hundred_clients_at_once(probed: Server, seconds: float):
     assert wrong == []
     assert seen[200] > 20
     assert seen[503] > 20
-    assert max(after["waits"]) < 3 + 1
+    assert max(after["waits"]) < QUEUE_S + 1
     granted = after["granted"][len(before["granted"]) :]
     assert len(granted) > 20
     assert granted == sorted(granted)
+
+
+def questions() -> list[dict]:
+    """With a picture and without, short answers and long ones."""
+    asked: list[dict] = []
+    for number, color in enumerate(("red", "green", "blue", "black")):
+        url = "data:image/png;base64," + base64.b64encode(picture("circle", color)).decode()
+        text = {"type": "text", "text": "what color is the shape?"}
+        seen = [{"type": "image_url", "image_url": {"url": url}}, text]
+        for content in (seen, f"{color}?"):
+            body = {"messages": [{"role": "user", "content": content}], "temperature": 0}
+            asked.append(body | {"max_tokens": 10 * number + 3, "ignore_eos": bool(number)})
+    return asked
+
+
+def whole(server: Server, body: dict) -> str:
+    answer = requests.post(server.url + CHAT, json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["message"]["content"]
+    return text
+
+
+def begun(server: Server, body: dict, events: int) -> str:
+    """The text of a stream's first events; its client leaves without the others."""
+    text, seen = "", 0
+    with requests.post(
+        server.url + CHAT, json=body | {"stream": True}, stream=True, timeout=60
+    ) as answer:
+        assert answer.status_code == 200, answer.text
+        for line in answer.iter_lines():
+            if seen == events or line == b"data: [DONE]":
+                break
+            if line:
+                seen += 1
+                choice = json.loads(line[6:])["choices"][0]
+                text += choice["delta"].get("content", "")
+    return text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "clients"), [(3, 6), pytest.param(60, 8, marks=pytest.mark.slow)]
+)
+def test_streams_and_plain_requests_at_once(probed: Server, seconds: float, clients: int):
+    """As many clients of each kind; every third stream is stopped half-way."""
+    asked = questions()
+    right = [whole(probed, body) for body in asked]  # each by itself
+    assert len(set(right)) > 3
+    before, kept = settled(probed, debug(probed)), memory(probed)
+    end, counts = time.monotonic() + seconds, Counter[str]()
+    lock, wrong = threading.Lock(), []
+
+    def client(seed: int) -> None:
+        rng = random.Random(seed)
+        while time.monotonic() < end:
+            body, text = rng.choice(list(zip(asked, right, strict=True)))
+            kind = "plain" if seed < clients // 2 else rng.choice(("stream", "stream", "stopped"))
+            if kind == "plain":
+                answer = whole(probed, body)
+            else:
+                answer = begun(probed, body, rng.randint(1, 8) if kind == "stopped" else -1)
+            same = text.startswith(answer) if kind == "stopped" else text == answer
+            with lock:
+                counts[kind] += 1
+                if not same:
+                    wrong.append((kind, text, answer))
+
+    run([threading.Thread(target=client, args=(seed,)) for seed in range(clients)])
+    settled(probed, before)
+    assert wrong == []
+    assert min(counts[kind] for kind in ("plain", "stream", "stopped")) >= seconds / 5
+    assert memory(probed) - kept < 100

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
-import random
 import socket
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +13,8 @@ import pytest
 import requests
 
 from tests.e2e.server import FAKE, Server
-from tests.e2e.test_leaving import MINUTE, debug, run, settled
 from tests.waiting import until
-from tests.wire import exchange, picture, send
+from tests.wire import exchange, send
 
 CHAT = "/v1/chat/completions"
 PIECES = 2000  # of 1 kB: 2.4 MB as events, which no socket's buffer has room for
@@ -131,82 +126,3 @@ def test_a_request_that_was_sent_ahead_waits_for_the_answer_before_it(wordy: Ser
     assert received.count(b"data: ") == PIECES + 3
     assert b"data: [DONE]" in received
     assert b"HTTP/1.1 200 OK" in received.partition(b"data: [DONE]")[2]
-
-
-@pytest.fixture(scope="module")
-def probed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("probed") / "log", "tests.e2e.probe_app:app") as server:
-        server.wait()
-        yield server
-        assert server.stop() == 0
-        assert "Traceback" not in server.log.read_text()
-
-
-def questions() -> list[dict]:
-    """With a picture and without, short answers and long ones."""
-    asked: list[dict] = []
-    for number, color in enumerate(("red", "green", "blue", "black")):
-        url = "data:image/png;base64," + base64.b64encode(picture("circle", color)).decode()
-        text = {"type": "text", "text": "what color is the shape?"}
-        seen = [{"type": "image_url", "image_url": {"url": url}}, text]
-        for content in (seen, f"{color}?"):
-            body = {"messages": [{"role": "user", "content": content}], "temperature": 0}
-            asked.append(body | {"max_tokens": 10 * number + 3, "ignore_eos": bool(number)})
-    return asked
-
-
-def whole(server: Server, body: dict) -> str:
-    answer = requests.post(server.url + CHAT, json=body, timeout=60)
-    assert answer.status_code == 200, answer.text
-    text: str = answer.json()["choices"][0]["message"]["content"]
-    return text
-
-
-def begun(server: Server, body: dict, events: int) -> str:
-    """The text of a stream's first events; its client leaves without the others."""
-    text, seen = "", 0
-    with requests.post(
-        server.url + CHAT, json=body | {"stream": True}, stream=True, timeout=60
-    ) as answer:
-        assert answer.status_code == 200, answer.text
-        for line in answer.iter_lines():
-            if seen == events or line == b"data: [DONE]":
-                break
-            if line:
-                seen += 1
-                choice = json.loads(line[6:])["choices"][0]
-                text += choice["delta"].get("content", "")
-    return text
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("seconds", [3, MINUTE])
-def test_streams_and_plain_requests_at_once(probed: Server, seconds: float):
-    """Four clients of each kind; every third stream is stopped half-way."""
-    asked = questions()
-    right = [whole(probed, body) for body in asked]  # each by itself
-    assert len(set(right)) > 3
-    before, kept = settled(probed, debug(probed)), memory(probed)
-    end, counts = time.monotonic() + seconds, Counter[str]()
-    lock, wrong = threading.Lock(), []
-
-    def client(seed: int) -> None:
-        rng = random.Random(seed)
-        while time.monotonic() < end:
-            body, text = rng.choice(list(zip(asked, right, strict=True)))
-            kind = "plain" if seed < 4 else rng.choice(("stream", "stream", "stopped"))
-            if kind == "plain":
-                answer = whole(probed, body)
-            else:
-                answer = begun(probed, body, rng.randint(1, 8) if kind == "stopped" else -1)
-            same = text.startswith(answer) if kind == "stopped" else text == answer
-            with lock:
-                counts[kind] += 1
-                if not same:
-                    wrong.append((kind, text, answer))
-
-    run([threading.Thread(target=client, args=(seed,)) for seed in range(8)])
-    settled(probed, before)
-    assert wrong == []
-    assert min(counts[kind] for kind in ("plain", "stream", "stopped")) >= seconds / 5
-    assert memory(probed) - kept < 100

@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +25,6 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 from qwenvl_app.engine.engine import Engine
 
@@ -38,6 +38,13 @@ _INDEXING = {
     _aten.index_put_.default,
     _aten.index_put.default,
     _aten._index_put_impl_.default,
+}
+# Taken apart they would be several, none of which looks at a number or goes elsewhere.
+_WHOLE = {
+    _aten.linear.default,
+    _aten.matmul.default,
+    _aten.reshape.default,
+    _aten.to.dtype,
 }
 _LOOKING = {  # the host waits for a number, or for how many there are
     _aten._local_scalar_dense.default,
@@ -100,7 +107,7 @@ def _attend(*args: Any, **kwargs: Any) -> torch.Tensor:
     """One kernel, as on a GPU: torch would take it apart into products for the device "meta"."""
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
     _same(tensors, "scaled_dot_product_attention")
-    hosts = tree_map(_host, (args, kwargs))
+    hosts = _mapped(_host, (args, kwargs))
     host = nn.functional.scaled_dot_product_attention(*hosts[0], **hosts[1])
     return OnGpu(host, args[0].device).detach()  # which is dispatched, and so its memory counted
 
@@ -111,6 +118,24 @@ def _same(tensors: list[torch.Tensor], what: str) -> torch.device:
     if len(devices) > 1:
         raise RuntimeError(f"{what}: Expected all tensors to be on the same device, got {devices}")
     return devices.pop()
+
+
+@cache
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    """Whether ``func.decompose`` would take it apart, and is to."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return func not in _WHOLE and (key in func.py_kernels or has(func.name(), key))
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """``tree_map`` without what takes torch's longer than most operations. All tuples are plain."""
+    if isinstance(value, tuple | list):
+        changed = [_mapped(change, each) for each in value]
+        return changed if isinstance(value, list) else tuple(changed)
+    if isinstance(value, dict):
+        return {name: _mapped(change, each) for name, each in value.items()}
+    return change(value)
 
 
 def _host(value: Any) -> Any:
@@ -128,7 +153,7 @@ class _Names(TorchFunctionMode):
     """Says "meta" to C++ for a GPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        args, kwargs = tree_map(_meta, (args, kwargs or {}))
+        args, kwargs = _mapped(_meta, (args, kwargs or {}))
         if func is torch.tensor and (device := kwargs.pop("device", None)) is not None:
             return func(*args, **kwargs).to(device)
         return func(*args, **kwargs)
@@ -178,17 +203,18 @@ class Gpus(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        values = tree_flatten((args, kwargs))[0]
+        values: list[Any] = []
+        _mapped(values.append, (args, kwargs))
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         asked = next((value for value in values if isinstance(value, torch.device)), None)
         if asked is None and not any(isinstance(tensor, OnGpu) for tensor in tensors):
             return func(*args, **kwargs)
-        with self:  # in inference mode an operation comes here before it is taken apart
-            if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
-                return result
+        if _is_composite(func):
+            with self:  # in inference mode an operation comes here before it is taken apart
+                return func.decompose(*args, **kwargs)
         target = self._target(func, args, kwargs, tensors, asked)
         wrappers = {id(tensor.host): tensor for tensor in tensors if isinstance(tensor, OnGpu)}
-        hosts = tree_map(_host, (args, kwargs))
+        hosts = _mapped(_host, (args, kwargs))
         if func is _aten.histc.default:  # of whole numbers a GPU makes one, and a CPU does not
             result = func(hosts[0][0].float(), *hosts[0][1:], **hosts[1]).to(tensors[0].dtype)
         else:
@@ -204,7 +230,7 @@ class Gpus(TorchDispatchMode):
             self._count(value)
             return OnGpu(value, target)
 
-        return tree_map(wrap, result)
+        return _mapped(wrap, result)
 
     def _target(self, func, args, kwargs, tensors, asked) -> torch.device:
         """Where the result is. Raises what CUDA raises for arguments that it can't take."""

@@ -47,6 +47,7 @@ def test_a_part_that_fails_is_told_and_the_next_one_comes(bench, monkeypatch, ca
     assert "[time to first token, s] 0.02 MP" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_on_a_pretended_gpu(bench):
     with pretended() as gpus:
         there = dataclasses.replace(bench, device="pretended", meter=gpus)

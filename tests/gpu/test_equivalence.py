@@ -20,6 +20,7 @@ from tests.gpu.conftest import Tell
 ATTENTION = [
     name for name in get_args(Settings.model_fields["attention"].annotation) if name != "auto"
 ]
+pytestmark = pytest.mark.slow  # make test-gpu has all; of a CPU others here prove the same
 STEPS = 16
 # Two logits nearer than this may change places by rounding, in float32. At a width of 2,048 and on
 # a CPU those of ``generate`` and of the engine differed by 1.5e-5, where their size is 1.4.
@@ -103,7 +104,6 @@ def alone(half: LoadedModel, asked: GenerationRequest) -> tuple[list[int], torch
     return tokens, torch.cat(output.logits).float()
 
 
-@pytest.mark.slow
 def test_bfloat16_is_as_near_to_float32_as_generate_is(half, exact, monkeypatch, tell: Tell):
     """Rounding to 8 bits depends on how many rows a product has, so tokens can't be compared.
 
