@@ -28,7 +28,7 @@ _LONGEST_END_S = 10  # one step of a load may take minutes: it is not waited for
 _UNEXPECTED = "an unexpected error while loading; the log has it"
 _OUT = (
     "the memory ran out while loading: something else takes what was free, or the doctor "
-    "(flask --app wsgi doctor) says what to change; else use a smaller or a quantised checkpoint"
+    "(flask --app wsgi doctor) says what would fit; else use a smaller or a quantised checkpoint"
 )
 
 
