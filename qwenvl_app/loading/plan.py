@@ -89,8 +89,7 @@ def make(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
     shared = len(memory.free) == 1 and settings.compile != "on" and not settings.kv_cache_mb
     largest = min(answered + min(_PROMPT, settings.max_prompt_chars), need.max_length)
     asked = max(0, settings.kv_cache_mb * MIB - slots * need.state) // need.kv_token
-    # One picture is in the tower while another is prefilled.
-    least, beside = (asked or largest) * need.token, need.tower + need.features * (slots > 1)
+    least, beside = (asked or largest) * need.token, need.tower + need.features
     if shared:
         least, beside = max(need.tower, least + need.features), 0
     plan, spare = _place(MemoryPlan(need, settings, memory, pictures), least, beside)
@@ -109,7 +108,7 @@ def make(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
         tight = "QWENVL_KV_CACHE_MB is too small for the largest request: it is refused"
     # No more than every slot could use, whatever is asked.
     each = min(need.max_length, answered + settings.max_prompt_chars) * need.token + need.features
-    tokens = asked or min(max(room, least), slots * each + need.tower - beside) // need.token
+    tokens = asked or min(max(room, least), slots * each + need.tower) // need.token
     rate = shared / need.token / max(1, need.patches)
     return replace(
         plan,
