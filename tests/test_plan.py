@@ -261,8 +261,7 @@ def test_a_compiled_step_shares_with_nobody():
     assert "less what the tower takes" not in str(made)
     assert made.patch == (0, 0)
     tokens = made.tokens * M8.token
-    beside = M8.tower + M8.features  # one picture in it, another being read
-    assert M8.weights + tokens + beside + made.prefix_cache + MARGIN <= 47 * GIB
+    assert M8.weights + tokens + M8.tower + made.prefix_cache + MARGIN <= 47 * GIB
     assert made.tokens < make(M8, 47).tokens
 
 

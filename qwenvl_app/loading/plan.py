@@ -23,10 +23,6 @@ _CHANGE = (
     "lower QWENVL_MAX_IMAGE_MEGAPIXELS or QWENVL_KV_CACHE_MB, set QWENVL_DTYPE=bfloat16, or take a "
     "quantised or a smaller checkpoint"
 )
-_BUSY = (
-    "the largest picture in every slot at once does not fit: lower QWENVL_MAX_CONCURRENCY or "
-    "QWENVL_MAX_IMAGE_MEGAPIXELS"
-)
 
 
 class Memory(NamedTuple):
@@ -89,9 +85,8 @@ def make(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
     shared = len(memory.free) == 1 and settings.compile != "on" and not settings.kv_cache_mb
     largest = min(answered + min(_PROMPT, settings.max_prompt_chars), need.max_length)
     asked = max(0, settings.kv_cache_mb * MIB - slots * need.state) // need.kv_token
-    least, beside = (asked or largest) * need.token, need.tower + need.features
-    if shared:
-        least, beside = max(need.tower, least + need.features), 0
+    least = max(need.tower * shared, (asked or largest) * need.token + need.features)
+    beside = 0 if shared else need.tower
     plan, spare = _place(MemoryPlan(need, settings, memory, pictures), least, beside)
     decoded = pictures // slots * memory.cpu
     if spare < least + decoded:
@@ -103,7 +98,10 @@ def make(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
     prefix_cache = min(settings.prefix_cache_mb * MIB, spare - least - decoded)
     room, tight = spare - prefix_cache - slots * decoded, ""
     if room < least:
-        tight = _BUSY
+        tight = (
+            "the largest picture in every slot at once does not fit: lower QWENVL_MAX_CONCURRENCY "
+            "or QWENVL_MAX_IMAGE_MEGAPIXELS"
+        )
     if 0 < asked < largest:
         tight = "QWENVL_KV_CACHE_MB is too small for the largest request: it is refused"
     # No more than every slot could use, whatever is asked.
