@@ -39,7 +39,7 @@ def made(free: float, **settings: object) -> plan.Plan:
             8000,
             {"kv_cache_mb": 9000},
             Level.FAIL,
-            "QWENVL_KV_CACHE_MB does not fit beside the weights: lower",
+            "does not fit beside the weights: lower QWENVL_MAX_IMAGE_MEGAPIXELS or QWENVL_KV_C",
         ),
         (
             500,

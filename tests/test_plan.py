@@ -119,7 +119,7 @@ def test_the_numbers_of_8b():
     [
         (M8, 15.6, {}, "the weights do not fit: "),
         (M8, 19.5, {}, "the largest allowed picture does not fit beside the weights: "),
-        (M8, 23.4, {"kv_cache_mb": 7000}, "QWENVL_KV_CACHE_MB does not fit beside the weights: "),
+        (M8, 23.4, {"kv_cache_mb": 7000}, "does not fit beside the weights: "),
         (dataclasses.replace(M2, weights=2 * M2.weights), 6, {}, "the weights do not fit: "),
     ],
 )

@@ -90,8 +90,7 @@ def make(need: Footprint, settings: Settings, memory: Memory) -> MemoryPlan:
     plan, spare = _place(MemoryPlan(need, settings, memory, pictures), least, beside)
     decoded = pictures // slots * memory.cpu
     if spare < least + decoded:
-        what = "QWENVL_KV_CACHE_MB" if asked else "the largest allowed picture"
-        why = f"{what} does not fit beside the weights"
+        why = "the largest allowed picture does not fit beside the weights"
         if spare <= 0 and not memory.shares:
             why = "the weights do not fit"
         return replace(plan, problem=f"{why}: {_CHANGE}")
