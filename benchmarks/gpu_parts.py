@@ -121,7 +121,8 @@ def memory(bench: Bench, loaded: LoadedModel) -> None:
         return
     settings = load_settings({}, max_concurrency=4, max_new_tokens=16, prefix_cache_mb=0)
     checkpoint = find(str(bench.folder / f"{bench.shape.layers}-{bench.shape.depth}"))
-    estimated = footprint.estimate(checkpoint, settings)
+    pixels = settings.max_image_megapixels * 1e6
+    estimated = footprint.estimate(checkpoint, "auto", pixels, cpu=False)
     before = meter.allocated
     put(name, "weights, MiB", before / 2**20)
     put(name, "weights estimated, MiB", estimated.weights / 2**20)
@@ -143,7 +144,7 @@ def memory(bench: Bench, loaded: LoadedModel) -> None:
         for sequence in asked:
             finish(sequence)
         put(name, "4 of the largest at once took, MiB", (meter.peak - before) / 2**20)
-        put(name, "the plan allows, MiB", (sum(made.memory.free) - plan.GIB // 2) / 2**20)
+        put(name, "the plan allows, MiB", (made.free - plan.GIB // 2) / 2**20)
     finally:
         engine.close()
 

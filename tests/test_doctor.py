@@ -16,7 +16,7 @@ from qwenvl_app.loading.checkpoint import DEMO, find
 from qwenvl_app.loading.footprint import estimate
 from qwenvl_app.settings import load_settings
 
-NEED = estimate(find("demo"), load_settings({}))
+NEED = estimate(find("demo"), "auto", 50e6)
 
 
 def made(free: float, **settings: object) -> plan.Plan:
@@ -28,7 +28,7 @@ def made(free: float, **settings: object) -> plan.Plan:
 @pytest.mark.parametrize(
     ("free", "settings", "level", "words"),
     [
-        (8000, {}, Level.OK, "7.8 GiB free; weights 15 MiB, vision tower up to"),
+        (8000, {}, Level.OK, "7.8 GiB free; weights 16 MiB, vision tower up to"),
         (
             8000,
             {"kv_cache_mb": 1},
@@ -39,13 +39,13 @@ def made(free: float, **settings: object) -> plan.Plan:
             8000,
             {"kv_cache_mb": 9000},
             Level.FAIL,
-            "does not fit beside the weights: lower QWENVL_MAX_IMAGE_MEGAPIXELS or QWENVL_KV_C",
+            "QWENVL_KV_CACHE_MB does not fit beside the weights",
         ),
         (
             500,
             {},
             Level.FAIL,
-            "the weights do not fit: lower QWENVL_MAX_IMAGE_MEGAPIXELS or QWENVL_KV_CACHE_MB",
+            "the weights do not fit; what would fit: QWENVL_DTYPE=bfloat16, or a quant",
         ),
     ],
 )
@@ -80,7 +80,7 @@ def test_the_process_is_told(settings):
     """What it takes on a CPU, idle and at most; counted from what this process has already."""
     found = next(each for each in examine() if each.about == "process")
     assert re.fullmatch(
-        r"about (\d+ MiB|\d\.\d GiB) when idle, and up to \d\.\d GiB at most", found.text
+        r"about (\d+ MiB|\d\.\d GiB) when idle, and up to \d\.\d GiB at once", found.text
     )
 
 

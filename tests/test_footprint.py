@@ -12,22 +12,21 @@ from transformers import AutoConfig
 
 from qwenvl_app.engine.pixels import Patcher
 from qwenvl_app.engine.runner import Runner
-from qwenvl_app.loading import devices
 from qwenvl_app.loading.checkpoint import Checkpoint, find
 from qwenvl_app.loading.footprint import estimate
 from qwenvl_app.loading.load import load
 from qwenvl_app.loading.processing import image_processor
-from qwenvl_app.settings import load_settings
 from tests import real_shape
 
 GIB = 2**30
+BIG = 178e6
 PIXELS = {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
 
 
 def test_the_embedded_model_takes_what_was_foreseen():
     """Parameters, bytes and the KV cache's token, against the loaded model itself."""
     model = load("demo").model
-    need = estimate(find("demo"), load_settings({}))
+    need = estimate(find("demo"), "auto", BIG, cpu=False)
     parameters = sum(p.numel() for p in model.parameters())
     assert need.parameters == parameters
     assert need.weights == sum(p.numel() * p.element_size() for p in model.parameters())
@@ -37,7 +36,7 @@ def test_the_embedded_model_takes_what_was_foreseen():
     layers = model.model.language_model.layers
     sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
     assert need.layer == max(sizes)
-    half = estimate(find("demo"), load_settings({}, dtype="bfloat16"))
+    half = estimate(find("demo"), "bfloat16", BIG, cpu=False)
     assert (half.weights, half.kv_token) == (need.weights // 2, need.kv_token // 2)
 
 
@@ -61,7 +60,7 @@ def write(
 
 def test_an_8b_model_takes_what_the_readme_says(tmp_path: Path):
     """17.5 GB of weights, as its published index says, and 144 KiB a token."""
-    need = estimate(write(tmp_path, real_shape.config()), load_settings({}))
+    need = estimate(write(tmp_path, real_shape.config()), "auto", 50e6, cpu=False)
     assert need.weights == 17_534_247_392
     assert need.parameters == need.weights // 2
     assert need.layer == 2 * 151936 * 4096  # the head
@@ -99,9 +98,7 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 def test_qwen25(tmp_path: Path, config: dict[str, Any]):
     """Patches of 14 pixels, and limits under their older names."""
     processor = {"min_pixels": 3136, "max_pixels": 12845056}
-    need = estimate(
-        write(tmp_path, config, processor=processor), load_settings({}, dtype="bfloat16")
-    )
+    need = estimate(write(tmp_path, config, processor=processor), "bfloat16", 50e6, cpu=False)
     assert need.kv_token == 2 * 28 * 4 * 128 * 2
     assert need.picture_tokens == 16384
     assert need.patches == 65536
@@ -127,7 +124,7 @@ LIMITS: list[tuple[dict[str, Any], int]] = [
 def test_the_limits_are_those_that_the_processor_takes(tmp_path: Path, settings, pixels: int):
     """The plan read them in another order: too little memory, or a model refused that fits."""
     files = write(tmp_path, real_shape.config(), processor=settings)
-    need = estimate(files, load_settings({}))
+    need = estimate(files, "auto", 50e6)
     assert need.pixels == pixels
     processor = image_processor(files.directory)
     areas = []
@@ -143,7 +140,7 @@ def test_the_limits_are_those_that_the_processor_takes(tmp_path: Path, settings,
 
 def test_qwen35(tmp_path: Path):
     """Three of four layers keep a state of fixed size in place of a token's keys and values."""
-    need = estimate(write(tmp_path, QWEN35), load_settings({}, dtype="bfloat16"))
+    need = estimate(write(tmp_path, QWEN35), "bfloat16", 50e6, cpu=False)
     assert need.kv_token == 2 * 8 * 4 * 256 * 2
     matrices, convolved = 32 * 128 * 128 * 4, (2 * 16 + 32) * 128 * 4 * 2
     assert need.state == 24 * (matrices + convolved)
@@ -152,7 +149,7 @@ def test_qwen35(tmp_path: Path):
 def test_a_mixture_of_experts(tmp_path: Path):
     """All experts' weights are there."""
     config = configured("qwen3_vl_moe", {}, {})
-    need = estimate(write(tmp_path, config), load_settings({}, dtype="bfloat16"))
+    need = estimate(write(tmp_path, config), "bfloat16", 50e6, cpu=False)
     experts = 3 * 60 * 2048 * 1408
     assert 2 * experts < need.layer < 1.1 * 2 * experts
     assert need.weights > config["text_config"]["num_hidden_layers"] * 2 * experts
@@ -165,25 +162,26 @@ def quantised(method: str) -> dict[str, Any]:
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
 def test_weights_that_stay_quantised_take_what_their_files_do(tmp_path: Path, method: str):
     files = write(tmp_path, quantised(method), stored=5_000_000_000)
-    need = estimate(files, load_settings({}, dtype="bfloat16"), stays_quantised=True)
+    need = estimate(files, "bfloat16", 50e6, cpu=False, expands_fp8=False)
     assert need.weights == 5_000_000_000
     assert 0 < need.layer < 2 * 151936 * 4096 / 3
     assert need.parameters == 17_534_247_392 // 2
-    assert devices.stays_quantised(method, "cpu") == (method != "fp8")
+    assert need.quantised == method
 
 
 @pytest.mark.parametrize("method", ["fp8", "compressed-tensors"])
 def test_weights_that_are_turned_back_take_what_they_did(tmp_path: Path, method: str):
     """fp8 counted as one byte too where it is turned to bfloat16."""
     files = write(tmp_path, quantised(method), stored=9_000_000_000)
-    need = devices.estimate(files, load_settings({}, device="cpu"))
+    need = estimate(files, "bfloat16", 50e6, cpu=False, expands_fp8=True)
     assert need.weights == 17_534_247_392
+    assert need.quantised == method
 
 
 def test_a_smaller_limit_on_pictures(tmp_path: Path):
     files = write(tmp_path, real_shape.config())
-    need = estimate(files, load_settings({}))
-    assert need == estimate(files, load_settings({}, max_image_megapixels=178))
-    half = estimate(files, load_settings({}, max_image_megapixels=need.pixels / 2e6))
+    need = estimate(files, "auto", 50e6)
+    assert need.at(need.pixels) == need.at(1e9) == need
+    half = need.at(need.pixels / 2)
     assert (half.patches, half.picture_tokens) == (need.patches // 2, need.picture_tokens // 2)
-    assert half.tower == need.tower / 2
+    assert half == estimate(files, "auto", need.pixels / 2)

@@ -22,7 +22,6 @@ from qwenvl_app.errors import ModelLoadError
 from qwenvl_app.loading.checkpoint import DEMO, find
 from qwenvl_app.loading.footprint import estimate
 from qwenvl_app.loading.load import load
-from qwenvl_app.settings import load_settings
 from tests.engines import finish, request, running
 from tests.wire import picture
 
@@ -113,7 +112,7 @@ def test_it_answers_and_takes_what_was_foreseen(tmp_path: Path, name: str):
     circle = Image.open(io.BytesIO(picture("circle", "blue", (128, 128)))).convert("RGB")
     with running(loaded) as engine:
         assert finish(engine.submit(request(circle, "what color is the shape?"))) == "blue"
-    need = estimate(find(str(directory)), load_settings({}))  # as it is before it is packed
+    need = estimate(find(str(directory)), "auto", 1e9, cpu=False)  # as it is before it is packed
     taken = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     assert taken <= need.weights < 1.05 * taken  # the scales, which are not kept
 

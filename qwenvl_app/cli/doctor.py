@@ -122,12 +122,12 @@ def _memory(settings: Settings, need: footprint.Footprint) -> Iterator[Finding]:
         yield _verdict("memory", now)
         if not now.problem:
             idle = psutil.Process().memory_info().rss + need.weights
-            most = idle + now.pictures + now.kept
-            text = f"about {plan.gib(idle)} when idle, and up to {plan.gib(most)} at most"
+            most = idle + now.work
+            text = f"about {plan.gib(idle)} when idle, and up to {plan.gib(most)} at once"
             yield Finding(Level.OK, "process", text)
         return
     total = [torch.cuda.mem_get_info(gpu)[1] for gpu in devices.gpus(settings.device)]
-    empty = plan.make(need, settings, there._replace(free=total))
+    empty = plan.make(need, settings, dataclasses.replace(there, free=total))
     yield _verdict("GPU memory", now, empty)
     yield _host(now, memory.free_memory(torch.device("cpu")))
 
@@ -138,7 +138,7 @@ def _verdict(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = 
     if made.offloaded:
         level = Level.WARN
     if empty and level is not Level.OK and not (empty.problem or empty.offloaded):
-        used = plan.gib(sum(empty.memory.free) - sum(made.memory.free))
+        used = plan.gib(empty.free - made.free)
         text = f"{made}; but {used} are in use, perhaps by this service: stop it and ask again"
         return Finding(Level.WARN, about, text)
     return Finding(level, about, str(made))
@@ -146,11 +146,11 @@ def _verdict(about: str, made: plan.MemoryPlan, empty: plan.MemoryPlan | None = 
 
 def _host(made: plan.MemoryPlan, host: int) -> Finding:
     """The machine's memory beside GPUs."""
-    wanted = _BASE + made.pictures
+    wanted = _BASE + made.settings.max_concurrency * made.picture
     text = f"{plan.gib(host)} free, up to {plan.gib(wanted)} wanted for libraries and pictures"
     if host >= wanted:
         return Finding(Level.OK, "host memory", text)
-    fewer = max(0, host - _BASE) * made.settings.max_concurrency // made.pictures
+    fewer = max(0, host - _BASE) // made.picture
     fits = f"QWENVL_MAX_CONCURRENCY={fewer} fits; or " if fewer else ""
     return Finding(Level.WARN, "host memory", f"{text}; {fits}lower QWENVL_MAX_IMAGE_MEGAPIXELS")
 

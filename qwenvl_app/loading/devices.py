@@ -30,15 +30,11 @@ def gpus(device: str) -> list[torch.device]:
     return [torch.device(device)] if device.startswith("cuda") else []
 
 
-def stays_quantised(method: str | None, device: str) -> bool:
-    """Whether weights quantised so stay it; else they are turned back as they are loaded.
+def keeps_fp8(device: str) -> bool:
+    """Whether weights in fp8 stay so; else they become bfloat16 as they are loaded.
 
-    In fp8 they do if the GPU multiplies it and transformers has the products, from a package of its
-    own; without that it fails at the first. compressed-tensors would turn them back in the first
-    call of the whole model, which never comes here: its parts are called.
+    transformers has the products from a package of its own; without that it fails at the first.
     """
-    if method != "fp8":
-        return method not in (None, "compressed-tensors")
     found = gpus(device)
     able = all(torch.cuda.get_device_capability(gpu) >= _FP8 for gpu in found)
     return bool(found) and able and importlib.util.find_spec("kernels") is not None
@@ -46,9 +42,15 @@ def stays_quantised(method: str | None, device: str) -> bool:
 
 def estimate(checkpoint: Checkpoint, settings: Settings) -> footprint.Footprint:
     """The footprint of ``checkpoint`` on the devices that it goes to. Raises ModelLoadError."""
-    stays = stays_quantised(checkpoint.quantised, settings.device)
     try:
-        return footprint.estimate(checkpoint, settings, stays_quantised=stays)
+        return footprint.estimate(
+            checkpoint,
+            settings.dtype,
+            settings.max_image_megapixels * 1e6,
+            cpu=not gpus(settings.device),
+            eager=settings.attention == "eager",
+            expands_fp8=not keeps_fp8(settings.device),
+        )
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ModelLoadError(
             f"config.json or preprocessor_config.json lacks what is needed ({error}); copy or "
@@ -87,7 +89,8 @@ def after_loading(
 
 def spare(made: plan.MemoryPlan) -> int:
     """Bytes of the machine's memory, now that the weights are there, that no request will want."""
-    return max(0, free_memory(torch.device("cpu")) - made.kept * made.memory.cpu)
+    wanted = 0 if gpus(made.settings.device) else max(made.work, made.room + made.prefix_cache)
+    return max(0, free_memory(torch.device("cpu")) - wanted)
 
 
 def _told(made: plan.MemoryPlan) -> plan.MemoryPlan:
@@ -98,11 +101,11 @@ def _told(made: plan.MemoryPlan) -> plan.MemoryPlan:
 
 
 def tell_process(made: plan.MemoryPlan) -> None:
-    """Log what this process takes on a CPU, idle as it is now, and at most."""
-    if made.memory.cpu:
+    """Log what this process takes on a CPU, idle as it is now, and at once."""
+    if not gpus(made.settings.device):
         idle = psutil.Process().memory_info().rss
         log.info(
-            "memory of this process: about %d MiB when idle, up to %d MiB at most",
+            "memory of this process: about %d MiB when idle, up to %d MiB at once",
             idle // plan.MIB,
-            (idle + made.pictures + made.kept) // plan.MIB,
+            (idle + made.work) // plan.MIB,
         )

@@ -16,7 +16,7 @@ from qwenvl_app.engine.model import LoadedModel
 from qwenvl_app.errors import ModelLoadError, is_out_of_memory
 from qwenvl_app.loading import generation_defaults, processing, progress, weights
 from qwenvl_app.loading.checkpoint import Checkpoint, find
-from qwenvl_app.loading.devices import stays_quantised
+from qwenvl_app.loading.devices import keeps_fp8
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +95,15 @@ def _quantisation_told(method: str | None) -> Iterator[None]:
 
 
 def _config(checkpoint: Checkpoint, device: str) -> Any:
-    """config.json, and in it which weights to load: the same that were checked."""
+    """config.json, and in it which weights to load: the same that were checked.
+
+    Quantised ones that no product is there for are turned back. compressed-tensors would do so in
+    the first call of the whole model, which never comes here: its parts are called.
+    """
     config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
     config.transformers_weights = weights.first(checkpoint.directory)
     method = checkpoint.quantised
-    if method and not stays_quantised(method, device):
+    if method == "compressed-tensors" or (method == "fp8" and not keeps_fp8(device)):
         log.warning("%s weights are loaded as they were before they were quantised", method)
         config.quantization_config["dequantize"] = True
     return config

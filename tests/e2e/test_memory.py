@@ -1,7 +1,7 @@
 """What the plan says that the process will take, against a real gunicorn that is measured.
 
-What it takes when idle is known well. The most is a bound, for the longest prompts in every slot:
-the largest pictures with a page of text are to stay below it.
+The parts of the prediction were found with checkpoints of width 512, 1024 and 2048, and what a
+picture takes with the embedded model; the other widths here had no part in it.
 """
 
 from __future__ import annotations
@@ -83,9 +83,11 @@ def check(tmp_path: Path, model: str, megapixels: float, dtype: str = "auto") ->
             thread.join()
         most = memory(server.worker, "VmHWM")
     assert statuses == [200] * 4
-    text = f"{said[0]}; {idle} MiB and {most} MiB measured"
-    assert abs(int(said[1]) / idle - 1) < TOLERANCE, text
-    assert most < (1 + TOLERANCE) * int(said[2]), text
+    measured = {"idle": idle, "at most": most}
+    predicted = {"idle": int(said[1]), "at most": int(said[2])}
+    for when, size in measured.items():
+        wrong = predicted[when] / size - 1
+        assert abs(wrong) < TOLERANCE, f"{when}: {predicted} MiB predicted, {measured} measured"
 
 
 @pytest.mark.slow

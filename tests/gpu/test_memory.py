@@ -42,8 +42,7 @@ class Measured:
     weights: int
 
     def predicted(self, pixels: int) -> footprint.Footprint:
-        settings = load_settings({}, max_image_megapixels=pixels / 1e6)
-        return footprint.estimate(find(str(self.directory)), settings)
+        return footprint.estimate(find(str(self.directory)), "auto", pixels, cpu=False)
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +160,11 @@ def test_what_is_measured_is_what_an_engine_takes(measured, books, tell: Tell):
     try:
         before = settled(engine, meter)
         meter.restart()
-        with meter.limit(sum(made.memory.free) - margin):
+        with meter.limit(made.free - margin):
             asked = [engine.submit(request(image, max_new_tokens=4)) for image in images]
             for sequence in asked:
                 finish(sequence)
-        room, taken = (
-            size / 2**20 for size in (sum(made.memory.free) - margin, meter.peak - before)
-        )
+        room, taken = (size / 2**20 for size in (made.free - margin, meter.peak - before))
         tell(f"{taken:.1f} MiB, of {room:.1f} that there were")
         assert all(sequence.tokens for sequence in asked)
     finally:

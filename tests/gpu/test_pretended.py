@@ -21,7 +21,6 @@ from qwenvl_app.generation import Constraint, GenerationRequest
 from qwenvl_app.loading.checkpoint import FAMILIES, find
 from qwenvl_app.loading.footprint import estimate
 from qwenvl_app.loading.measuring import measure
-from qwenvl_app.settings import load_settings
 from tests import families
 from tests.engines import OPTIONS, finish, generate, judge, random_request, request
 from tests.engines import running as cpu_running
@@ -133,7 +132,7 @@ def test_layers_on_two_gpus(wild, gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _gpu: gpus.peak)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _gpu: gpus.restart())
     with gpus.here():
-        need, shares = measure(loaded, estimate(find("demo"), load_settings({})), 50)
+        need, shares = measure(loaded, estimate(find("demo"), "auto", 1e6, cpu=False), 50)
     assert shares == {GPU: 0.5, SECOND: 0.5}  # of the KV cache, which plan.py divides so
     assert list(shares) == [GPU, SECOND]
     assert need.tower > need.features > 0
