@@ -47,7 +47,7 @@ WIDTH = 1088
 
 @pytest.fixture(scope="module")
 def wild() -> LoadedModel:
-    return spread(load("demo"), layers=2)
+    return spread(load("demo"))
 
 
 @pytest.fixture(scope="module")
