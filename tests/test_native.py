@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -143,6 +144,21 @@ def test_nor_if_the_compiler_fails(wild, body, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(library, "_CACHE", tmp_path / "cache")
     assert native.create(wild.model, 2**30) == (None, None)
     assert "the model's layers are PyTorch's" in caplog.text
+
+
+def test_of_several_that_start_together_one_compiles(monkeypatch, tmp_path):
+    source, calls, compiler = tmp_path / "native.cpp", tmp_path / "calls", tmp_path / "g++"
+    made = "".join(f"void* new_{part}() {{ return 0; }}\n" for part in ("team", "text", "tower"))
+    source.write_text(f'extern "C" {{ {made} }}')
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {shutil.which("g++")} "$@"')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(library, "_SOURCE", source)
+    monkeypatch.setattr(library, "_CACHE", tmp_path / "cache")
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: library.build(), range(4)))
+    assert sum(str(source) in call for call in calls.read_text().splitlines()) == 1
 
 
 def test_it_is_compiled_once(monkeypatch, tmp_path):

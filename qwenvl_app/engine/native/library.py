@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import logging
+import os
 import shutil
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,24 @@ def _compiled(compiler: str, folder: Path) -> Path:
         b"".join([machine, *map(str.encode, _FLAGS), *(path.read_bytes() for path in sources)])
     )
     path = folder / f"native-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as here:
-            made = Path(here, path.name)
-            _run(compiler, *_FLAGS, "-o", str(made), str(_SOURCE))
-            made.replace(path)  # another process may do the same
+    with _locked(folder):  # of processes that start together one compiles
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as here:
+                made = Path(here, path.name)
+                _run(compiler, *_FLAGS, "-o", str(made), str(_SOURCE))
+                made.replace(path)
     return path
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """No other process is in this at the same time; the system ends it for one that dies."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def _run(*command: str) -> bytes:
