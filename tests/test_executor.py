@@ -184,6 +184,8 @@ def harness(monkeypatch, kind: str, tokens: int, slots: int, prefix: int = 0) ->
     with pretend() as gpus, gpus.here():
         model = Model(layout, gpus, compiled=options.compile == "on")
         monkeypatch.setattr(engines, "Runner", lambda _model, **_: model)
+        # A thread that comes late would find requests, and make steps too.
+        monkeypatch.setattr(Engine, "_run", lambda _engine: None)
         engine = Engine(loaded, options)
         try:
             yield Harness(engine, model, gpus)
