@@ -22,7 +22,7 @@ test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow"
 
 test-all: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # What needs a GPU. Where torch sees none nothing is collected, which counts as a failure.
 test-gpu: $(VENV)/dev

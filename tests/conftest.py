@@ -55,7 +55,23 @@ def _routes() -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     """The fixtures that integrators use; as pytest_plugins they would come after their import."""
     config.pluginmanager.register(testing)
+    if os.environ.get("CI") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_FailuresAtOnce(config))
     gc.disable()
+
+
+class _FailuresAtOnce:
+    """In CI the end of a failure's report comes with it: a run that takes too long has no end."""
+
+    def __init__(self, config: pytest.Config):
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and isinstance(terminal, pytest.TerminalReporter):
+            terminal.write_line(f"\n{report.nodeid}, {report.when}")
+            for line in report.longreprtext.splitlines()[-15:]:
+                terminal.write_line(line)
 
 
 def pytest_collection_finish() -> None:

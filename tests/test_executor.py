@@ -163,7 +163,7 @@ class Harness:
 
 
 @contextmanager
-def harness(monkeypatch, kind: str, tokens: int, slots: int, prefix: int = 0) -> Iterator[Harness]:
+def harness(kind: str, tokens: int, slots: int, prefix: int = 0) -> Iterator[Harness]:
     layout = RECURRENT if kind == "recurrent" else PLAIN
     options = EngineOptions(
         slots=slots,
@@ -181,11 +181,11 @@ def harness(monkeypatch, kind: str, tokens: int, slots: int, prefix: int = 0) ->
         native=Native(),
         tokenizer=None,
     )
-    with pretend() as gpus, gpus.here():
+    with pretend() as gpus, gpus.here(), pytest.MonkeyPatch.context() as patched:
         model = Model(layout, gpus, compiled=options.compile == "on")
-        monkeypatch.setattr(engines, "Runner", lambda _model, **_: model)
+        patched.setattr(engines, "Runner", lambda _model, **_: model)
         # A thread that comes late would find requests, and make steps too.
-        monkeypatch.setattr(Engine, "_run", lambda _engine: None)
+        patched.setattr(Engine, "_run", lambda _engine: None)
         engine = Engine(loaded, options)
         try:
             yield Harness(engine, model, gpus)
@@ -197,9 +197,9 @@ KINDS = ["plain", "roomy", "recurrent"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_nobody_needs_any_more_is_given_back_before_a_large_picture_comes(monkeypatch, kind):
+def test_what_nobody_needs_any_more_is_given_back_before_a_large_picture_comes(kind):
     """Seven rows of 4,096 tokens, of which five end: with the tower it was 1.24 of the budget."""
-    with harness(monkeypatch, kind, 8 * 4096 + 8192, slots=8) as it:
+    with harness(kind, 8 * 4096 + 8192, slots=8) as it:
         rows = [it.submit(4000, 96, 4) for _ in range(7)]
         while not all(row.tokens for row in rows):
             it.step()
@@ -222,11 +222,11 @@ def test_what_nobody_needs_any_more_is_given_back_before_a_large_picture_comes(m
         ),
     ],
 )
-def test_bytes_stay_within_the_budget_whatever_comes(monkeypatch, kind, prefix, seed):
+def test_bytes_stay_within_the_budget_whatever_comes(kind, prefix, seed):
     rng = random.Random(seed)
     slots = rng.choice((2, 3, 5, 8))
     tokens = rng.randint(1500, 6000)
-    with harness(monkeypatch, kind, tokens, slots, prefix) as it:
+    with harness(kind, tokens, slots, prefix) as it:
         sequences: list[Sequence] = []
         while len(sequences) < 30:
             if rng.random() < 0.25:
@@ -248,9 +248,9 @@ def test_bytes_stay_within_the_budget_whatever_comes(monkeypatch, kind, prefix, 
         assert it.gpus.allocated <= it.engine.cache_bytes + it.engine.prefixes.bytes
 
 
-def test_kept_pictures_give_way_when_the_memory_runs_out(monkeypatch):
+def test_kept_pictures_give_way_when_the_memory_runs_out():
     """Before any request does: for a row that is begun with one of them, and for rows that grow."""
-    with harness(monkeypatch, "plain", 8000, 4, prefix=3000 * TOKEN) as it:
+    with harness("plain", 8000, 4, prefix=3000 * TOKEN) as it:
         for number in range(5):
             it.submit(600, 1, 2000, b"%d" % number)
             it.drain()
@@ -268,7 +268,7 @@ def test_kept_pictures_give_way_when_the_memory_runs_out(monkeypatch):
 
 def test_a_picture_that_there_is_no_memory_to_keep_is_answered(monkeypatch):
     """Its logits were there, and all running requests ended."""
-    with harness(monkeypatch, "plain", 4000, 4, prefix=1000 * TOKEN) as it:
+    with harness("plain", 4000, 4, prefix=1000 * TOKEN) as it:
         old = it.submit(300, 200, 4)
         while len(old.tokens) < 3:
             it.step()

@@ -344,3 +344,4 @@ def pretend() -> Iterator[Gpus]:
         patch.object(Engine, "_run", here),
     ):
         yield gpus
+        assert Engine._run is here, "patched in the block, and put back after it: GPUs would stay"
