@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.e2e.browser import BINARY, chromium, opened
 from tests.e2e.server import ROOT, Server
@@ -295,6 +295,31 @@ def test_a_wrong_key_is_told_beside_its_field(page: Page):
     expect(question).to_have_value("size?")
     page.keyboard.press("Enter")
     until(lambda: answers(page) == ["10 x 10, 1 messages"], 10)
+
+
+def test_what_is_said_of_an_earlier_key_comes_too_late(page: Page):
+    held: list[Route] = []
+
+    def decide(route: Route) -> None:
+        if route.request.headers.get("authorization") == f"Bearer {KEY}":
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/v1/models", decide)
+    page.evaluate("sessionStorage.removeItem('key')")
+    page.reload()
+    until(lambda: page.evaluate("true") and len(held) == 2)  # as it opens, and with the phase
+    held.pop().continue_()
+    page.get_by_label("This service asks for an API key").fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator("#access")).to_be_hidden()
+    with page.expect_response("**/v1/models") as refused:
+        held.pop().continue_()
+    assert refused.value.status == 401
+    expect(page.locator("#access")).to_be_hidden()
+    page.wait_for_timeout(100)
+    expect(page.locator("#access")).to_be_hidden()
 
 
 @pytest.mark.parametrize("width", [375, 1280])

@@ -13,6 +13,7 @@ const [log, question, problem] = [$("#log"), $("#question"), $("#problem")];
 const attached = []; // files of the next question
 const turns = []; // { role, text, files, urls }: what the model is told
 let name = "";
+let looks = 0; // at the name
 let nextLook = null; // timer
 let running = null; // AbortController of the answer that is coming
 
@@ -22,12 +23,12 @@ know();
 
 // The model's name, which needs a key where keys are set.
 async function know() {
-  try {
-    name = await model();
-    askForKey(null);
-  } catch (error) {
-    askForKey(error.code === "unauthorized" ? error : null);
-  }
+  const look = ++looks;
+  let error = null;
+  const found = await model().catch((failure) => void (error = failure));
+  if (look !== looks) return; // the latest decides: an earlier one may have had another key
+  name = found ?? name;
+  askForKey(error?.code === "unauthorized" ? error : null);
   $("#demo").hidden = name !== "demo";
 }
 
