@@ -17,10 +17,11 @@ endif
 run: $(VENV)/runtime
 	$(BIN)/gunicorn -c config/gunicorn.conf.py --bind $(HOST):$(PORT) wsgi:app
 
-# Everything but what repeats a proof for longer or in more variants; three, as they often wait.
+# Everything but what repeats a proof for longer or in more variants; four, as they often wait.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not slow"
 
+# The slow ones compute, and hold more memory.
 test-all: $(VENV)/dev
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
