@@ -22,7 +22,6 @@ from benchmarks.checkpoints import write_checkpoint
 from benchmarks.serving import parts
 from benchmarks.serving.contenders import Peer, all_of
 from benchmarks.serving.machine import machine
-from benchmarks.serving.plots import draw
 from benchmarks.serving.rows import Row
 from benchmarks.serving.tables import write
 
@@ -97,6 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
                 if results["minutes"] > chosen.minutes:
                     print(f"{chosen.minutes} minutes are gone: the rest is left out")
                     break
+    from benchmarks.serving.plots import draw  # matplotlib takes a second, and minutes come first
+
     drawn = draw(results["rows"], chosen.into)
     write(results, drawn, chosen.into / "RESULTS.md")
     print(f"{chosen.into / 'RESULTS.md'}, after {results['minutes']} minutes")
