@@ -14,7 +14,8 @@ from pathlib import Path
 from flask import request
 
 from qwenvl_app import create_app
-from qwenvl_app.testing import ScriptedBackend
+from qwenvl_app.generation import GenerationRequest
+from qwenvl_app.testing import ScriptedBackend, ScriptedGeneration
 
 
 class Unheld(threading.Event):
@@ -24,8 +25,19 @@ class Unheld(threading.Event):
         return not Path(os.environ.get("FAKE_HOLD", "/nowhere")).exists()
 
 
+class Forgetful(ScriptedBackend):
+    """Keeps none of the pictures that it is asked about: tests look at what the process holds."""
+
+    def generate(self, request: GenerationRequest) -> ScriptedGeneration:
+        """See ``ScriptedBackend``."""
+        generation = super().generate(request)
+        self.requests.clear()
+        self.generations.clear()
+        return generation
+
+
 LONG = [f"{number:1000}" for number in range(int(os.environ.get("FAKE_PIECES", "0")))]
-backend = ScriptedBackend(*(LONG or ("一个", "答案。")))
+backend = Forgetful(*(LONG or ("一个", "答案。")))
 backend.delay_s = float(os.environ.get("FAKE_SECONDS", "0"))
 backend.apart_s = float(os.environ.get("FAKE_SECONDS_APART", "0"))
 backend.go = Unheld()
