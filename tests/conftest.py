@@ -33,7 +33,7 @@ _FIRST = {
 for _name in _FIRST.get(os.environ.get("PYTEST_XDIST_WORKER", ""), ()):
     importlib.import_module(_name)
 
-if TYPE_CHECKING:  # of pytest-xdist's three processes one runs no tests, and waits for no torch
+if TYPE_CHECKING:  # of pytest-xdist's processes one runs no tests, and waits for no torch
     from transformers import PreTrainedTokenizerBase
 
 
@@ -72,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _FailuresAtOnce:
-    """In CI the end of a failure's report comes with it: a run that takes too long has no end."""
+    """Prints the last lines of a failure as it happens: a run that is cut off never reports."""
 
     def __init__(self, config: pytest.Config):
         self._config = config

@@ -24,10 +24,12 @@ know();
 // The model's name, which needs a key where keys are set.
 async function know() {
   const look = ++looks;
-  let error = null;
-  const found = await model().catch((failure) => void (error = failure));
+  const { found = name, error } = await model().then(
+    (found) => ({ found }),
+    (error) => ({ error }),
+  );
   if (look !== looks) return; // the latest decides: an earlier one may have had another key
-  name = found ?? name;
+  name = found;
   askForKey(error?.code === "unauthorized" ? error : null);
   $("#demo").hidden = name !== "demo";
 }
